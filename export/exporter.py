@@ -1,0 +1,195 @@
+"""Writes an engine directory from a checkpoint, and publishes it only after its proof of parity."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from stpath_runtime.errors import InputError
+from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest, sha256
+from stpath_runtime.progress import OnTile
+from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_train.checkpoint import load_checkpoint
+from stpath_train.model import STPath
+
+from .proof import Report, prove, require_passed
+from .stages import Graph, graphs
+
+OPSET = 23
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+SHARED_FROM_BYTES = 1024  # smaller tensors stay in the graph, where every tool can fold them
+ALIGNMENT = 64
+ENCODERS = {1536: "Gigapath tile features"}  # by width
+LIBRARIES = ("stpath-engine", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+class SharedWeights:
+    """One file of weights for all graphs; equal tensors are written once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        path.touch()
+
+    def add(self, tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
+        """Write a tensor unless it is there, and return what refers to it."""
+        raw = tensor.tobytes()
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest not in self._offsets:
+            with self.path.open("ab") as file:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                self._offsets[digest] = file.tell()
+                file.write(raw)
+        return ir.ExternalTensor(
+            self.path.name, self._offsets[digest], len(raw), tensor.dtype, shape=tensor.shape, name=name
+        )
+
+
+def export_engine(
+    checkpoint: Path, out: Path, genes: Path | None = None, precision: str = "fp32", on_step: OnTile | None = None
+) -> Report:
+    """Export a checkpoint as an engine directory, prove its parity, and only then publish it at `out`.
+
+    Parameters
+    ----------
+    genes
+        The model's gene vocabulary (`symbol2ensembl.json`); None means STPath's published one.
+    precision
+        "fp32" or "fp16".
+    on_step
+        Called with (done, total) as the work goes on.
+
+    Raises
+    ------
+    InputError
+        If `out` exists, or the checkpoint or the vocabulary is at fault.
+    ParityError
+        If the engine misses the bar; nothing is left at `out`.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    if out.exists():
+        raise InputError(f"{out}: exists already; remove it or choose another folder")
+    model = load_checkpoint(checkpoint)
+    vocabulary = read_vocabulary(genes, model, str(checkpoint))
+    source = {"name": checkpoint.name, "sha256": sha256(checkpoint)}
+    with published_whole(out) as directory:
+        manifest = write_engine(model, vocabulary, directory, precision, source, on_step)
+        report = prove(directory, model)
+        require_passed(report)
+        Manifest(**{**vars(manifest), "parity": report}).write(directory)
+    return report
+
+
+def read_vocabulary(genes: Path | None, model: STPath, name: str) -> GeneVocabulary:
+    """The vocabulary of a model, checked against its number of tokens.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or has another number of genes.
+    """
+    vocabulary = GeneVocabulary.published() if genes is None else GeneVocabulary.read(genes)
+    if vocabulary.n_tokens != model.config.n_tokens:
+        raise InputError(
+            f"{name}: the checkpoint has {model.config.n_tokens:,} gene tokens, but {genes or 'the published vocabulary'} "
+            f"gives {vocabulary.n_tokens:,} ({len(vocabulary):,} genes and 2); give the model's own with --genes"
+        )
+    return vocabulary
+
+
+def write_engine(
+    model: STPath,
+    vocabulary: GeneVocabulary,
+    directory: Path,
+    precision: str,
+    checkpoint: dict[str, str],
+    on_step: OnTile | None = None,
+) -> Manifest:
+    """Write graphs, weights, vocabulary and manifest, without a proof, into an empty directory."""
+    weights = SharedWeights(directory / WEIGHTS)
+    todo = graphs(copy.deepcopy(model).to(PRECISIONS[precision]))  # a copy: the reference stays in its own type
+    for done, graph in enumerate(todo):
+        if on_step is not None:
+            on_step(done, len(todo) + 1)  # the proof is the last step
+        _write_graph(graph, weights, directory)
+    if on_step is not None:
+        on_step(len(todo), len(todo) + 1)
+    vocabulary.write(directory / GENES)
+    config = model.config
+    manifest = Manifest(
+        schema=SCHEMA,
+        model=config,
+        attention="global",
+        precision=precision,
+        opset=OPSET,
+        encoder=ENCODERS.get(config.n_features, "the encoder that the model was trained on"),
+        checkpoint=checkpoint,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files={path.name: sha256(path) for path in sorted(directory.iterdir())},
+        versions={name: version(name) for name in LIBRARIES},
+        parity={},
+    )
+    manifest.write(directory)
+    return manifest
+
+
+@contextmanager
+def published_whole(out: Path) -> Iterator[Path]:
+    """Give an empty folder beside `out`; rename it to `out` when the block ends well, delete it when it does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
+    dims = {size: torch.export.Dim(size) for axes in graph.dynamic.values() for size in axes.values()}
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+        warnings.simplefilter("ignore")  # notes of the exporter about itself
+        program = torch.onnx.export(
+            graph.module,
+            tuple(graph.inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple({axis: dims[size] for axis, size in graph.dynamic[name].items()} for name in graph.inputs),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    for node in model.graph:  # traces of the source, with paths of the machine that exported
+        node.metadata_props.clear()
+        node.doc_string = None
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= SHARED_FROM_BYTES:
+            value.const_value = weights.add(tensor, value.name or "")
+    ir.save(model, directory / f"{graph.name}.onnx")
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

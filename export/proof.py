@@ -1,0 +1,207 @@
+"""The proof of parity: an engine against the float64 reference, over a grid of slides."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from stpath_runtime import encoder
+from stpath_runtime.context import Context
+from stpath_runtime.engine import Engine
+from stpath_runtime.errors import ParityError
+from stpath_runtime.slide import Slide
+from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
+from stpath_train.inputs import slide_inputs
+from stpath_train.model import STPath
+
+Floats = npt.NDArray[Any]
+Report = dict[str, Any]  # what engine.json keeps of a proof
+
+L2_BAR = 1e-5  # fp32, relative to the reference
+PEARSON_BAR = 0.99999  # fp32, of every gene that varies
+TIMES_TORCH = 2.0  # a lower precision may err twice what PyTorch errs in it
+SPOTS = (1, 2, 37, 500)
+SMALL_TILE = 16  # cuts all but the smallest slides into many tiles
+FUSED_SPOTS = 1_000  # the fused graph holds all scores at once: it is proven on slides up to this size
+PANEL = 50
+
+# An error at the bar of L2 alone lowers a gene's Pearson r by (error / spread)^2 / 2. Where a gene's spread over the
+# spots is so small that this breaks the bar of Pearson, its r tells rounding, not parity.
+FLAT = L2_BAR / np.sqrt(2 * (1 - PEARSON_BAR))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a slide, perhaps with context, and the genes to decode (None: all)."""
+
+    name: str
+    slide: Slide
+    context: Context | None = None
+    genes: Sequence[str] | None = None
+
+
+def grid(model: STPath, vocabulary: GeneVocabulary) -> list[Case]:
+    """Slides of 1 to 500 spots, with and without context, a panel and all genes, on several organs and technologies."""
+    rng = np.random.default_rng(0)
+    names = vocabulary.ensembl_ids
+    panel = [names[i] for i in rng.choice(len(names), min(PANEL, len(names)), replace=False)]
+    organs = [organ for organ in ORGANS if not organ.startswith("<")]
+    technologies = [None, *(t for t in TECHNOLOGIES if not t.startswith("<"))]
+    cases = []
+    for spots in SPOTS:
+        for context in (False, True):
+            for genes in (panel, None):
+                i = len(cases)
+                organ, technology = organs[(i * 7) % len(organs)], technologies[i % len(technologies)]
+                slide = random_slide(spots, model.config.n_features, i, organ, technology)
+                measured = _random_context(slide, panel, rng) if context else None
+                what = f"{spots} spots, {organ}, {technology or 'no technology'}{', context' if context else ''}"
+                cases.append(Case(what, slide, measured, genes))
+    return cases
+
+
+def random_slide(
+    spots: int, n_features: int, seed: int, organ: str | None = None, technology: str | None = None
+) -> Slide:
+    """A slide of random features on a hexagonal grid: for proofs and benchmarks."""
+    rng = np.random.default_rng(seed)
+    width = int(np.ceil(np.sqrt(spots)))
+    row, column = np.divmod(np.arange(spots), width)
+    coords = np.stack([200 * column + 100 * (row % 2), 173 * row], axis=1)
+    features = rng.standard_normal((spots, n_features), np.float32)
+    return Slide(coords, features, organ=organ, technology=technology, name=f"random slide of {spots} spots")
+
+
+def prove(directory: Path, model: STPath, slides: Sequence[Slide] = ()) -> Report:
+    """Hold an engine to the float64 reference on the grid and on further slides.
+
+    Every case runs by the stages, by the stages in small tiles, and by the fused graph (up to 1,000 spots).
+
+    Parameters
+    ----------
+    model
+        The reference, with the weights of the checkpoint as they are in the file.
+
+    Returns
+    -------
+    A report for `engine.json`: whether it passed, the bars, and a row a case and path.
+    """
+    engine = Engine.load(directory)
+    cases = grid(model, engine.vocabulary)
+    cases += [Case(slide.name, slide, None, cases[0].genes) for slide in slides]
+    rows = []
+    exact_model = copy.deepcopy(model).to(torch.float64)
+    low_model = copy.deepcopy(model).to(torch.float16) if engine.manifest.precision == "fp16" else None
+    for case in cases:
+        exact = _reference(exact_model, case, engine.vocabulary)
+        low = _reference(low_model, case, engine.vocabulary) if low_model is not None else None
+        for path, found in _engine_paths(engine, case):
+            rows.append({"case": case.name, "path": path, **_compare(found, exact, low)})
+    return {
+        "passed": all(row["passed"] for row in rows),
+        "reference": "float64",
+        "bars": _bars(engine.manifest.precision),
+        "backend": f"{engine.backend.name} on {engine.backend.device}",
+        "cases": rows,
+    }
+
+
+def require_passed(report: Report) -> None:
+    """Raise ParityError, naming the worst case, unless the report passed."""
+    failed = [row for row in report["cases"] if not row["passed"]]
+    if failed:
+        worst = max(failed, key=lambda row: row["relative_l2"] / row["bar_l2"])
+        pearson = "" if worst["pearson_min"] is None else f", lowest Pearson {worst['pearson_min']:.7f}"
+        raise ParityError(
+            f"{len(failed)} of {len(report['cases'])} comparisons are below the bar; the worst is {worst['case']} by the "
+            f"{worst['path']}: relative L2 {worst['relative_l2']:.2e} (bar {worst['bar_l2']:.2e}), embedding "
+            f"{worst['embedding_l2']:.2e} (bar {worst['embedding_bar']:.2e}){pearson}"
+        )
+
+
+def relative_l2(found: Floats, exact: Floats) -> float:
+    """||found - exact|| / ||exact||, in float64."""
+    return float(np.linalg.norm(found.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-300))
+
+
+def lowest_pearson(found: Floats, exact: Floats) -> tuple[float | None, int]:
+    """Lowest Pearson r over the genes (columns) that vary, None if none does; and how many are flat.
+
+    A gene is flat where its spread over the spots is below FLAT times the root mean square of the whole reference.
+    """
+    scale = np.sqrt(np.mean(exact**2))
+    varies = exact.std(axis=0) > FLAT * scale
+    if not varies.any():
+        return None, int((~varies).sum())
+    a, b = found[:, varies].astype(np.float64), exact[:, varies]
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
+    r = (a * b).sum(axis=0) / np.maximum(norms, 1e-300)
+    return float(r.min()), int((~varies).sum())
+
+
+def _compare(
+    found: tuple[Floats, Floats], exact: tuple[Floats, Floats], low: tuple[Floats, Floats] | None
+) -> dict[str, Any]:
+    """One row of the report; each argument is (embedding, expression)."""
+    embedding_bar, bar = L2_BAR, L2_BAR
+    if low is not None:
+        embedding_bar, bar = (TIMES_TORCH * relative_l2(a, b) for a, b in zip(low, exact, strict=True))
+    embedding_l2, l2 = (relative_l2(a, b) for a, b in zip(found, exact, strict=True))
+    pearson, flat = lowest_pearson(found[1], exact[1])
+    correlated = low is not None or pearson is None or pearson >= PEARSON_BAR
+    return {
+        "spots": len(exact[1]),
+        "genes": exact[1].shape[1],
+        "relative_l2": l2,
+        "bar_l2": bar,
+        "embedding_l2": embedding_l2,
+        "embedding_bar": embedding_bar,
+        "pearson_min": pearson,
+        "flat_genes": flat,
+        "max_abs": float(np.abs(found[1] - exact[1]).max()),
+        # `<=` on purpose: NaN compares false, so an engine that gives NaN fails.
+        "passed": bool(l2 <= bar and embedding_l2 <= embedding_bar and correlated),
+    }
+
+
+def _engine_paths(engine: Engine, case: Case) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
+    """The ways in which an engine computes a case: name, (embedding, expression)."""
+    backend, model, precision = engine.backend, engine.manifest.model, engine.manifest.precision
+    rows = case.context.resolve(case.slide, engine.vocabulary) if case.context is not None else None
+    tokens = engine.vocabulary.all_tokens() if case.genes is None else engine.vocabulary.tokens(case.genes)
+    embedding = engine.embed(case.slide, context=case.context)
+    yield "stages", (embedding, engine.decode(embedding, case.genes))
+    if len(case.slide) > SMALL_TILE:
+        embedding = encoder.encode(backend, model, precision, case.slide, rows, tile=SMALL_TILE)
+        yield "stages, small tiles", (embedding, engine.decode(embedding, case.genes))
+    if len(case.slide) <= FUSED_SPOTS:
+        embedding, expression = encoder.run_fused(backend, model, precision, case.slide, rows, tokens)
+        yield "fused graph", (embedding, expression)
+
+
+def _reference(model: STPath, case: Case, vocabulary: GeneVocabulary) -> tuple[Floats, Floats]:
+    """Embedding and expression by PyTorch, in the model's type, as float64."""
+    dtype = next(model.parameters()).dtype
+    tokens = None if case.genes is None else torch.from_numpy(vocabulary.tokens(case.genes))
+    with torch.inference_mode():
+        embedding = model.embed(**slide_inputs(case.slide, vocabulary, case.context, dtype))
+        expression = model.decode(embedding, tokens)
+    return embedding.double().numpy(), expression.double().numpy()
+
+
+def _random_context(slide: Slide, panel: Sequence[str], rng: np.random.Generator) -> Context:
+    spots = np.sort(rng.choice(len(slide), max(1, len(slide) // 5), replace=False))
+    return Context(spots, rng.poisson(2.0, (len(spots), len(panel))).astype(np.float32), list(panel))
+
+
+def _bars(precision: str) -> dict[str, Any]:
+    if precision == "fp32":
+        return {"relative_l2": L2_BAR, "pearson": PEARSON_BAR}
+    return {"relative_l2": f"{TIMES_TORCH:g} times PyTorch's own error in {precision}"}

@@ -1,0 +1,203 @@
+"""The command `stpath`.
+
+Exit codes: 0 done, 1 a fault of this program, 2 the input or the call is at fault, 3 parity failed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import __version__
+from .errors import InputError, ParityError
+from .progress import progress_bar
+
+app = typer.Typer(
+    help="Predict the expression of 38,982 genes at every spot of a pathology slide, with STPath engines.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stpath-engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None: ...
+
+
+@app.command()
+def predict(
+    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Features files (HDF5).")],
+    engine: Annotated[Path, typer.Option(metavar="ENGINE", help="Engine folder.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="A .h5ad file for one slide, or a folder.")],
+    organ: Annotated[str | None, typer.Option(help="Organ, as HEST-1k or STPath name it; left out: Others.")] = None,
+    tech: Annotated[str | None, typer.Option(help="Visium, Xenium, ...; left out: unknown.")] = None,
+    genes: Annotated[
+        str, typer.Option(metavar="A,B,C|FILE", help="Names, or a .txt (one a line) or .json file of them.")
+    ] = "all",
+    context: Annotated[
+        Path | None, typer.Option(metavar="COUNTS.h5ad", help="Raw counts of some spots; obs_names are barcodes.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="What runs the engine.")] = "onnxruntime",
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Keep the embedding in obsm.")] = False,
+) -> None:
+    """Predict the expression of genes at every spot of one or more slides."""
+    from .engine import Engine
+    from .output import write_h5ad
+    from .readers import read_context, read_slide
+
+    targets = _targets(slides, out)
+    names = _gene_names(genes)
+    loaded = Engine.load(engine, backend=backend, device=device)
+    if names is not None:
+        loaded.vocabulary.tokens(names)
+    counts = read_context(context) if context is not None else None
+    for path, target in zip(slides, targets, strict=True):
+        slide = read_slide(path, organ=organ, technology=tech)
+        with progress_bar(path.name) as on_tile:
+            adata = loaded.predict(slide, genes=names, context=counts, embeddings=embeddings, on_tile=on_tile)
+        write_h5ad(adata, target)
+        typer.echo(f"{target}: {adata.n_obs:,} spots, {adata.n_vars:,} genes")
+
+
+@app.command()
+def plot(
+    prediction: Annotated[Path, typer.Argument(metavar="PRED.h5ad", help="What stpath predict wrote.")],
+    genes: Annotated[list[str], typer.Argument(metavar="GENE...", help="Genes of the prediction.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")],
+) -> None:
+    """Draw spatial maps of predicted genes."""
+    from .plot import plot_genes
+    from .readers import read_prediction
+
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+    plot_genes(read_prediction(prediction), genes, out, title=prediction.stem)
+    typer.echo(str(out))
+
+
+@app.command()
+def info(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")]) -> None:
+    """Print what an engine is: its model, precision, checkpoint and proof of parity."""
+    from .info import print_manifest
+    from .manifest import Manifest
+
+    manifest = Manifest.read(engine)
+    manifest.check_files(engine)
+    print_manifest(engine, manifest)
+
+
+def _targets(slides: Sequence[Path], out: Path) -> list[Path]:
+    """The output file of each slide."""
+    if out.suffix == ".h5ad" and not out.is_dir():
+        if len(slides) > 1:
+            raise InputError(f"--out {out}: one file for {len(slides)} slides; give a folder")
+        return [out]
+    if out.suffix and not out.is_dir():
+        raise InputError(f"--out {out}: give a name that ends in .h5ad, or a folder")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: a file stands there; give a folder")
+    targets = [out / f"{slide.stem}.h5ad" for slide in slides]
+    for i, target in enumerate(targets):
+        if target in targets[:i]:
+            first = slides[targets.index(target)]
+            raise InputError(f"{first} and {slides[i]} would both be written to {target}; run them into two folders")
+    return targets
+
+
+def _gene_names(genes: str) -> list[str] | None:
+    """Names from A,B,C or a .txt or .json file; None for all."""
+    if genes == "all":
+        return None
+    path = Path(genes)
+    if path.suffix.lower() not in (".txt", ".json"):
+        names = genes.split(",")
+    elif not path.is_file():
+        raise InputError(f"--genes {path}: no such file")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+            names = text.splitlines() if path.suffix.lower() == ".txt" else _json_names(text)
+        except ValueError as error:
+            raise InputError(f"--genes {path}: cannot be read ({error})") from error
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise InputError(f"--genes {genes}: names no gene; give A,B,C or a file of names, or leave it out for all")
+    return names
+
+
+def _json_names(text: str) -> list[str]:
+    """A JSON list of names, or HEST-bench's {"genes": [...]}."""
+    found = json.loads(text)
+    names = found.get("genes") if isinstance(found, dict) else found
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError('expected a list of names, or {"genes": [...]}')
+    return names
+
+
+def _add_commands() -> None:
+    """Add the commands of the packages that need more than the runtime (see pyproject.toml)."""
+    for entry in sorted(entry_points(group="stpath.commands"), key=lambda entry: entry.name):
+        app.command(entry.name)(entry.load())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    warnings.showwarning = _show_warning
+    _add_commands()
+    try:
+        code = app(given, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except Exception as error:
+        if debug:
+            raise
+        return _report(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        return 130
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _report(error: Exception) -> int:
+    """Print one line for an error; returns the exit code."""
+    if isinstance(error, ParityError):
+        line, code = f"parity failed: {error}", 3
+    elif isinstance(error, InputError):
+        line, code = str(error), 2
+    elif isinstance(error, typer.TyperException):
+        line, code = f"{error.format_message().rstrip('.')}; see stpath --help", 2
+    elif isinstance(error, OSError):
+        line, code = f"{error.filename or 'files'}: {error.strerror or error}", 2
+    elif isinstance(error, MemoryError):
+        line, code = f"not enough memory ({error}); ask for fewer genes", 2
+    else:
+        line, code = f"{type(error).__name__}: {error}; a fault of stpath-engine: run again with --debug and report it", 1
+    typer.echo("error: " + " ".join(line.split()), err=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

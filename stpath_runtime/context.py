@@ -1,0 +1,143 @@
+"""Measured expression of some spots, from which the model predicts the others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .slide import Slide
+from .vocabulary import GeneVocabulary
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Raw counts of context spots.
+
+    Parameters
+    ----------
+    ids
+        [C], the spots: their barcodes (strings) or their positions in the slide (integers from 0).
+    counts
+        [C, P], raw counts, dense or scipy sparse; the model takes log1p of them.
+    genes
+        P names: symbols, aliases or Ensembl ids. Several names of one gene are resolved by the maximum, as in
+        published training. Names that the engine does not know are left out, with a warning.
+    """
+
+    ids: Sequence[str] | Sequence[int] | npt.NDArray[np.generic]
+    counts: Any  # numpy array or scipy sparse matrix
+    genes: Sequence[str]
+
+    def resolve(self, slide: Slide, vocabulary: GeneVocabulary) -> ContextRows:
+        """Check the context against a slide and the genes of an engine.
+
+        Raises
+        ------
+        InputError
+            If shapes do not fit, a spot is not in the slide or stands twice, no gene is known, or a count is
+            negative, NaN or infinite.
+        """
+        from scipy.sparse import csr_matrix
+
+        counts = csr_matrix(self.counts, dtype=np.float32)
+        counts.sum_duplicates()
+        ids, genes = list(self.ids), [str(g) for g in self.genes]
+        if counts.shape != (len(ids), len(genes)):
+            raise InputError(
+                f"context of {slide.name}: counts have the shape {list(counts.shape)}; "
+                f"expected [{len(ids)} spots, {len(genes)} genes]"
+            )
+        spots = _positions(ids, slide)
+        _check_counts(counts, slide.name)
+        found = [vocabulary.find(gene) for gene in genes]
+        known = np.flatnonzero([token is not None for token in found])
+        if len(known) == 0 and len(genes):
+            raise InputError(
+                f"context of {slide.name}: none of its {len(genes):,} genes is known to the engine "
+                f"(the first is {genes[0]!r}); give symbols or Ensembl ids"
+            )
+        if len(known) < len(genes):
+            warnings.warn(
+                f"context of {slide.name}: {len(genes) - len(known):,} of {len(genes):,} genes are not known to the "
+                "engine and are left out",
+                stacklevel=3,
+            )
+        tokens = np.array([found[i] for i in known], dtype=np.int64)
+        return ContextRows(spots, *_merge_by_maximum(counts[:, known], tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class ContextRows:
+    """A context in the model's terms."""
+
+    spots: npt.NDArray[np.int64]  # [C], positions in the slide
+    tokens: npt.NDArray[np.int64]  # [P], distinct gene tokens
+    log_counts: csr_matrix  # [C, P], log1p of raw counts
+
+
+def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
+    """Positions of context spots in the slide, [C]."""
+    names = [i.decode() if isinstance(i, bytes) else i for i in ids]
+    if all(isinstance(i, str) for i in names):
+        assert slide.barcodes is not None
+        where = {barcode: position for position, barcode in enumerate(slide.barcodes)}
+        missing = [name for name in names if name not in where]
+        if missing:
+            raise InputError(
+                f"context of {slide.name}: {len(missing):,} of {len(names):,} barcodes are not in the slide, "
+                f"the first is {missing[0]!r} (the slide's first is {slide.barcodes[0]!r})"
+            )
+        spots = [where[name] for name in names]
+    elif all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in names):
+        outside = [int(i) for i in names if not 0 <= i < len(slide)]
+        if outside:
+            raise InputError(f"context of {slide.name}: spot {outside[0]} is not in 0..{len(slide) - 1}")
+        spots = [int(i) for i in names]
+    else:
+        raise InputError(f"context of {slide.name}: ids must be all barcodes or all integer positions")
+    if len(set(spots)) != len(spots):
+        raise InputError(f"context of {slide.name}: a spot stands twice; each context spot needs one row of counts")
+    return np.array(spots, dtype=np.int64)
+
+
+def _check_counts(counts: csr_matrix, name: str) -> None:
+    values = counts.data
+    if not np.isfinite(values).all():
+        raise InputError(f"context of {name}: {int((~np.isfinite(values)).sum()):,} counts are NaN or infinite")
+    if (values < 0).any():
+        raise InputError(
+            f"context of {name}: {int((values < 0).sum()):,} counts are negative (lowest {values.min():g}); give raw "
+            "counts, not scaled or normalised values"
+        )
+    if (values != np.rint(values)).any():
+        warnings.warn(
+            f"context of {name}: {(values != np.rint(values)).mean():.0%} of the counts are no whole numbers (highest "
+            f"{values.max():g}), as if log-transformed or normalised; the model was trained on log1p of raw counts, "
+            "and takes log1p itself",
+            stacklevel=4,
+        )
+
+
+def _merge_by_maximum(
+    counts: csr_matrix, tokens: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], csr_matrix]:
+    """One column a gene, the highest of those that share a token, as log1p: tokens [P'], log counts [C, P']."""
+    from scipy.sparse import csr_matrix
+
+    distinct, column = np.unique(tokens, return_inverse=True)
+    coo = counts.tocoo()
+    order = np.lexsort((coo.data, column[coo.col], coo.row))
+    row, col, value = coo.row[order], column[coo.col][order], coo.data[order]
+    # The last entry of each (row, column) is its highest.
+    last = np.append((row[1:] != row[:-1]) | (col[1:] != col[:-1]), True)[: len(row)]
+    shape = (counts.shape[0], len(distinct))
+    return distinct, csr_matrix((np.log1p(value[last]), (row[last], col[last])), shape=shape, dtype=np.float32)

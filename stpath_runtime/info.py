@@ -1,0 +1,52 @@
+"""An engine's manifest, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .manifest import Manifest
+
+
+def print_manifest(path: Path, manifest: Manifest) -> None:
+    """Print the manifest as two tables: the engine, and its proof of parity."""
+    from rich.console import Console
+    from rich.table import Table
+
+    model, checkpoint = manifest.model, manifest.checkpoint
+    size = sum((path / name).stat().st_size for name in manifest.files)
+    rows = {
+        "engine": str(path),
+        "checkpoint": f"{checkpoint['name']} (sha256 {checkpoint['sha256'][:16]}…)",
+        "model": f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads",
+        "genes": f"{model.n_tokens - 2:,}",
+        "features": f"{model.n_features:,} ({manifest.encoder})",
+        "attention": manifest.attention,
+        "precision": manifest.precision,
+        "graphs": f"{sum(name.endswith('.onnx') for name in manifest.files)} ONNX, opset {manifest.opset}",
+        "size": f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files, hashes checked",
+        "created": manifest.created,
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/]", value)
+    console.print(table)
+    print_parity(manifest.parity, console)
+
+
+def print_parity(report: dict[str, Any], console: Any) -> None:
+    """Print a parity report, a line a case."""
+    from rich.table import Table
+
+    table = Table(title=f"Parity with the float64 reference: {'passed' if report['passed'] else 'FAILED'}")
+    for column in ("case", "path", "genes", "relative L2", "bar", "embedding", "lowest Pearson", ""):
+        table.add_column(column, justify="left" if column in ("case", "path", "") else "right")
+    for row in report["cases"]:
+        pearson = "-" if row["pearson_min"] is None else f"{row['pearson_min']:.7f}"
+        table.add_row(
+            *(row["case"], row["path"], f"{row['genes']:,}", f"{row['relative_l2']:.1e}", f"{row['bar_l2']:.1e}"),
+            *(f"{row['embedding_l2']:.1e}", pearson, "ok" if row["passed"] else "[red]FAILED[/]"),
+        )
+    console.print(table)

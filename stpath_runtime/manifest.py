@@ -1,0 +1,105 @@
+"""engine.json: what an engine directory holds, and the check that it still holds it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+SCHEMA = 1
+MANIFEST = "engine.json"
+WEIGHTS = "weights.bin"
+GENES = "genes.tsv.gz"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of an STPath model; all but the number of heads show in the shapes of its checkpoint."""
+
+    d_model: int
+    n_heads: int
+    n_layers: int
+    d_mlp: int
+    n_features: int
+    n_tokens: int  # genes and the pad and mask tokens
+    n_organs: int
+    n_technologies: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of engine.json."""
+
+    schema: int
+    model: ModelConfig
+    attention: str  # how the model was trained to attend: "global"
+    precision: str  # "fp32" or "fp16": the type of the weights and of what passes between the stages
+    opset: int
+    encoder: str  # what computed the features that the model was trained on
+    checkpoint: dict[str, str]  # name and sha256
+    created: str  # ISO 8601, UTC
+    files: dict[str, str]  # path in the directory -> sha256
+    versions: dict[str, str]  # library -> version
+    parity: dict[str, Any]  # the proof, as stpath_export.proof writes it
+
+    def write(self, directory: Path) -> None:
+        """Write engine.json."""
+        (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read engine.json.
+
+        Raises
+        ------
+        InputError
+            If there is no engine, its manifest is damaged, or a newer version of this package wrote it.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            why = "no such folder" if not directory.exists() else f"it holds no {MANIFEST}"
+            raise InputError(f"{directory}: not an engine ({why}); make one with: stpath export CHECKPOINT --out ENGINE")
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            schema = found["schema"]
+            if isinstance(schema, int) and schema > SCHEMA:
+                raise InputError(
+                    f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this version reads; "
+                    "upgrade stpath-engine, or export the engine again with this version"
+                )
+            manifest = cls(**{**found, "model": ModelConfig(**found["model"])})
+            if schema != SCHEMA or not all(isinstance(getattr(manifest.model, f.name), int) for f in fields(ModelConfig)):
+                raise TypeError("a field has the wrong type")
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
+        return manifest
+
+    def check_files(self, directory: Path) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises
+        ------
+        InputError
+            If a file is missing, truncated or altered.
+        """
+        for name, expected in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise InputError(f"{path}: missing from the engine; copy it again or export the engine again")
+            if sha256(path) != expected:
+                raise InputError(
+                    f"{path}: truncated or altered (its SHA-256 is not the one in {MANIFEST}); "
+                    "copy it again or export the engine again"
+                )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,131 @@
+"""A slide: spots with coordinates and pathology features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+from .vocabulary import ORGANS, TECHNOLOGIES, organ_token, technology_token
+
+ROWS_AT_ONCE = 65_536  # checking for NaN makes a copy of this many rows at the most
+
+
+@dataclass(frozen=True, eq=False)
+class Slide:
+    """Spots of one slide, checked.
+
+    Parameters
+    ----------
+    coords
+        [N, 2], x and y of each spot in pixels or any other unit; integers or floats. Never changed.
+    features
+        [N, F], pathology features of each spot; float16, float32 or float64.
+    barcodes
+        N distinct names of the spots; None means they are numbered from 0.
+    organ, technology
+        Names as in `stpath_runtime.vocabulary`, whatever their case and punctuation; None means Others and unknown.
+    name
+        What messages and outputs call the slide.
+
+    Raises
+    ------
+    InputError
+        If the shapes do not fit, a value is NaN or infinite, a barcode stands twice or a name is unknown.
+    """
+
+    coords: npt.NDArray[np.generic]
+    features: npt.NDArray[np.floating]
+    barcodes: Sequence[str] | None = None
+    organ: str | None = None
+    technology: str | None = None
+    name: str = "slide"
+
+    def __post_init__(self) -> None:
+        coords, features = np.asarray(self.coords), np.asarray(self.features)
+        _check_numbers(self.name, "coordinates", coords, "[N, 2]")
+        _check_numbers(self.name, "features", features, "[N, F]")
+        if coords.shape[1] != 2:
+            raise InputError(f"{self.name}: coordinates have the shape {list(coords.shape)}; expected [N, 2], x and y")
+        if len(coords) != len(features):
+            raise InputError(
+                f"{self.name}: {len(features):,} rows of features but {len(coords):,} of coordinates; "
+                "each spot needs one of both"
+            )
+        if len(coords) == 0:
+            raise InputError(f"{self.name}: the slide has no spots")
+        if features.dtype.kind != "f":
+            features = features.astype(np.float32)
+        _check_finite(self.name, "coordinates", coords)
+        _check_finite(self.name, "features", features)
+        barcodes = [str(i) for i in range(len(coords))] if self.barcodes is None else [str(b) for b in self.barcodes]
+        if len(barcodes) != len(coords):
+            raise InputError(f"{self.name}: {len(barcodes):,} barcodes for {len(coords):,} spots")
+        if len(set(barcodes)) != len(barcodes):
+            raise InputError(f"{self.name}: barcode {_first_repeated(barcodes)!r} stands twice; make them distinct")
+        try:
+            organ = ORGANS[organ_token(self.organ)]
+            technology = None if self.technology is None else TECHNOLOGIES[technology_token(self.technology)]
+        except InputError as error:
+            raise InputError(f"{self.name}: {error}") from None
+        # The dataclass is frozen to its users; here it takes its checked form.
+        checked = {"coords": coords, "features": features, "barcodes": barcodes}
+        for field, value in {**checked, "organ": organ, "technology": technology}.items():
+            object.__setattr__(self, field, value)
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    @property
+    def organ_token(self) -> int:
+        """Token of the organ."""
+        return organ_token(self.organ)
+
+    @property
+    def technology_token(self) -> int:
+        """Token of the technology."""
+        return technology_token(self.technology)
+
+    def normalized_coords(self) -> npt.NDArray[np.float64]:
+        """Coordinates as the model takes them, [N, 2]: each axis on its own from 0 to 100 over the slide.
+
+        (c - min) / (max - min) * 100. An axis on which all spots agree is 0 (the published code gives NaN there).
+        """
+        coords = self.coords.astype(np.float64)
+        low = coords.min(axis=0)
+        span = coords.max(axis=0) - low
+        normalized: npt.NDArray[np.float64] = (coords - low) / np.where(span > 0, span, 1) * 100
+        return normalized
+
+
+def _check_numbers(name: str, what: str, array: npt.NDArray[np.generic], shape: str) -> None:
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"{name}: {what} are of type {array.dtype}; expected numbers")
+    if array.ndim != 2:
+        raise InputError(f"{name}: {what} have the shape {list(array.shape)}; expected {shape}")
+
+
+def _check_finite(name: str, what: str, array: npt.NDArray[np.generic]) -> None:
+    if array.dtype.kind != "f":
+        return
+    count, first = 0, -1
+    for start in range(0, len(array), ROWS_AT_ONCE):
+        bad = ~np.isfinite(array[start : start + ROWS_AT_ONCE])
+        rows = np.flatnonzero(bad.any(axis=1))
+        count += int(bad.sum())
+        if first < 0 and len(rows):
+            first = start + int(rows[0])
+    if count:
+        noun = "value is" if count == 1 else "values are"
+        raise InputError(
+            f"{name}: {count:,} of the {what}' {noun} NaN or infinite, the first at spot {first}; "
+            "drop those spots or compute them again"
+        )
+
+
+def _first_repeated(names: Sequence[str]) -> str:
+    seen: set[str] = set()
+    return next(n for n in names if n in seen or seen.add(n))  # type: ignore[func-returns-value]

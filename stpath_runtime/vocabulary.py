@@ -1,0 +1,277 @@
+"""Names to tokens: genes, organs and technologies, as STPath numbers them."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InputError
+
+PAD_TOKEN, MASK_TOKEN, FIRST_GENE_TOKEN = 0, 1, 2
+PUBLISHED_GENES = "stpath_genes.tsv.gz"
+COLUMNS = ("token_id", "ensembl_id", "species", "symbol", "other_symbols")
+ENSEMBL_VERSION = re.compile(r"^(ENS[A-Z]*G\d+)\.\d+$")
+
+ORGANS = (
+    *("<pad>", "<mask>", "<unk>", "Spinal cord", "Brain", "Breast", "Bowel", "Skin", "Heart", "Kidney", "Prostate"),
+    *("Lung", "Liver", "Uterus", "Bone", "Muscle", "Eye", "Pancreas", "Mouth", "Ovary", "Glioma", "Glioblastoma"),
+    *("Stomach", "Colon", "Others"),
+)
+TECHNOLOGIES = ("<pad>", "Spatial Transcriptomics", "Visium", "Xenium", "Visium HD")
+DEFAULT_ORGAN, DEFAULT_TECHNOLOGY = "Others", "<pad>"
+
+# The spellings of HEST-1k and STImage-1K4M that the published alignment sends to Others.
+_ORGANS_WITHOUT_TOKEN = (
+    *("Other", "Bladder", "Lymphoid", "Cervix", "Lymph node", "Embryo", "Lung/Brain", "Kidney/Brain", "Placenta"),
+    *("Whole organism", "thymus", "joint", "undifferentiated pleomorphic sarcoma", "largeintestine", "lacrimal gland"),
+    *("leiomyosarcoma", "endometrium", "brain+kidney", "cerebellum", "colorectal"),
+)
+_TECHNOLOGY_ALIASES = {"ST": "Spatial Transcriptomics", "10x Visium": "Visium", "10x Xenium": "Xenium"}
+
+
+class GeneVocabulary:
+    """The genes of a model, in token order.
+
+    Parameters
+    ----------
+    ensembl_ids
+        Ensembl id of each gene; the first has token 2 (token 0 is pad, 1 is mask).
+    symbols
+        The symbol to show for each gene; empty where there is none.
+    aliases
+        Further names of each gene.
+    species
+        Species of each gene; empty where unknown.
+
+    Raises
+    ------
+    InputError
+        If two genes share an Ensembl id.
+    """
+
+    def __init__(
+        self,
+        ensembl_ids: Sequence[str],
+        symbols: Sequence[str],
+        aliases: Sequence[Sequence[str]],
+        species: Sequence[str] | None = None,
+    ) -> None:
+        self.ensembl_ids = tuple(ensembl_ids)
+        self.symbols = tuple(symbols)
+        self.aliases = tuple(tuple(names) for names in aliases)
+        self.species = tuple(species) if species is not None else ("",) * len(self.ensembl_ids)
+        # A symbol wins over an alias, and an id over both: later entries overwrite earlier ones.
+        self._token: dict[str, int] = {}
+        for names in (self.aliases, [(symbol,) for symbol in self.symbols], [(gene,) for gene in self.ensembl_ids]):
+            self._token.update({n: token for token, some in enumerate(names, FIRST_GENE_TOKEN) for n in some if n})
+        if len(set(self.ensembl_ids)) != len(self.ensembl_ids):
+            raise InputError("gene vocabulary: an Ensembl id stands twice; each gene needs one line")
+
+    def __len__(self) -> int:
+        return len(self.ensembl_ids)
+
+    def __repr__(self) -> str:
+        return f"GeneVocabulary({len(self):,} genes)"
+
+    @property
+    def n_tokens(self) -> int:
+        """Columns of the model: the genes, and the pad and mask tokens."""
+        return len(self) + FIRST_GENE_TOKEN
+
+    @classmethod
+    def published(cls) -> GeneVocabulary:
+        """STPath's 38,982 genes, as shipped with the package."""
+        return _published()
+
+    @classmethod
+    def read(cls, path: str | Path) -> GeneVocabulary:
+        """Read a vocabulary: a `symbol2ensembl.json` (symbol to Ensembl id), or a TSV as `write` leaves it.
+
+        In the JSON a gene's token is its rank among the sorted distinct ids, plus 2, as in the published code.
+
+        Raises
+        ------
+        InputError
+            If the file is missing or is neither of the two.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such gene vocabulary file")
+        try:
+            if path.suffix == ".json":
+                return cls._from_symbol_table(json.loads(path.read_text(encoding="utf-8")), path)
+            raw = path.read_bytes()
+            return cls._from_tsv((gzip.decompress(raw) if path.suffix == ".gz" else raw).decode())
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{path}: not a gene vocabulary ({error}); give STPath's symbol2ensembl.json (symbol -> Ensembl id)"
+            ) from error
+
+    @classmethod
+    def _from_symbol_table(cls, table: object, path: Path) -> GeneVocabulary:
+        if not isinstance(table, dict) or not table:
+            raise InputError(f"{path}: not a gene vocabulary; expected a JSON object of symbol -> Ensembl id")
+        wrong = next(((k, v) for k, v in table.items() if not isinstance(v, str) or not v), None)
+        if wrong is not None:
+            raise InputError(f"{path}: symbol {wrong[0]!r} has the id {wrong[1]!r}; every value must be an Ensembl id")
+        names: dict[str, list[str]] = {gene: [] for gene in sorted(set(table.values()))}
+        for symbol, gene in table.items():
+            names[gene].append(symbol)
+        published = cls.published()
+        symbols = []
+        for gene, known in names.items():
+            token = published._token.get(gene)
+            usual = published.symbols[token - FIRST_GENE_TOKEN] if token is not None else ""
+            symbols.append(usual if usual in known else known[0])
+        return cls(list(names), symbols, [[n for n in known if n != s] for known, s in zip(names.values(), symbols)])
+
+    @classmethod
+    def _from_tsv(cls, text: str) -> GeneVocabulary:
+        rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+        if not rows or tuple(rows[0]) != COLUMNS:
+            raise ValueError(f"the first line must name the columns {', '.join(COLUMNS)}")
+        tokens, ids, species, symbols, others = zip(*rows[1:], strict=True)
+        if [int(t) for t in tokens] != list(range(FIRST_GENE_TOKEN, FIRST_GENE_TOKEN + len(tokens))):
+            raise ValueError("token ids must count up from 2")
+        return cls(ids, symbols, [names.split("|") if names else [] for names in others], species)
+
+    def write(self, path: str | Path) -> None:
+        """Write the vocabulary as a gzipped TSV, the same bytes for the same genes."""
+        text = io.StringIO()
+        text.write("\t".join(COLUMNS) + "\n")
+        for token, row in enumerate(
+            zip(self.ensembl_ids, self.species, self.symbols, self.aliases, strict=True), FIRST_GENE_TOKEN
+        ):
+            ensembl_id, species, symbol, aliases = row
+            if any(c in name for name in (ensembl_id, symbol, *aliases) for c in "\t\n\r|"):
+                raise InputError(f"gene vocabulary: a name of {ensembl_id} holds a tab, a line break or '|'; rename it")
+            text.write(f"{token}\t{ensembl_id}\t{species}\t{symbol}\t{'|'.join(aliases)}\n")
+        Path(path).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
+
+    def find(self, name: str) -> int | None:
+        """Token of a gene by symbol, alias or Ensembl id (with or without version), or None."""
+        token = self._token.get(name)
+        if token is None and (match := ENSEMBL_VERSION.match(name)):
+            token = self._token.get(match[1])
+        return token
+
+    def tokens(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
+        """Tokens of genes by symbol, alias or Ensembl id.
+
+        Returns
+        -------
+        int64 [G], in the order of the names.
+
+        Raises
+        ------
+        InputError
+            If a name is unknown; the message gives the nearest ones.
+        """
+        names = [str(name) for name in names]
+        found = [self.find(name) for name in names]
+        unknown = [name for name, token in zip(names, found, strict=True) if token is None]
+        if unknown:
+            shown = "; ".join(f"{name!r}{_nearest(name, self._candidates(name))}" for name in unknown[:5])
+            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+            noun = "gene" if len(unknown) == 1 else f"{len(unknown)} of {len(names)} genes"
+            raise InputError(f"unknown {noun}: {shown}{more}; give symbols, aliases or Ensembl ids of the engine's genes")
+        return np.array(found, dtype=np.int64)
+
+    def names(self, tokens: Iterable[int]) -> list[str]:
+        """The symbol of each token, or its Ensembl id where it has none."""
+        rows = (int(token) - FIRST_GENE_TOKEN for token in tokens)
+        return [self.symbols[row] or self.ensembl_ids[row] for row in rows]
+
+    def gene_ids(self, tokens: Iterable[int]) -> list[str]:
+        """The Ensembl id of each token."""
+        return [self.ensembl_ids[int(token) - FIRST_GENE_TOKEN] for token in tokens]
+
+    def all_tokens(self) -> npt.NDArray[np.int64]:
+        """Every gene's token, int64 [number of genes]."""
+        return np.arange(FIRST_GENE_TOKEN, self.n_tokens, dtype=np.int64)
+
+    def _candidates(self, name: str) -> list[str]:
+        """Names near enough in length and start to be worth comparing."""
+        start = name[:1].lower()
+        return [n for n in self._token if n[:1].lower() == start and abs(len(n) - len(name)) <= 2]
+
+
+@cache
+def _published() -> GeneVocabulary:
+    raw = files("stpath_runtime").joinpath("data", PUBLISHED_GENES).read_bytes()
+    return GeneVocabulary._from_tsv(gzip.decompress(raw).decode())
+
+
+def organ_token(name: str | None) -> int:
+    """Token of an organ, whatever its case and punctuation; None means Others.
+
+    HEST-1k's and STImage-1K4M's spellings resolve as in the published alignment, with one difference: the published
+    table sends 'Ovary' to Others but 'ovary' to Ovary; here both are Ovary.
+
+    Raises
+    ------
+    InputError
+        If the name is unknown; the message gives the nearest ones.
+    """
+    return _lookup("organ", name if name is not None else DEFAULT_ORGAN, ORGANS, _organ_table())
+
+
+def technology_token(name: str | None) -> int:
+    """Token of a technology, whatever its case and punctuation; None means pad (unknown).
+
+    Raises
+    ------
+    InputError
+        If the name is unknown; the message gives the nearest ones.
+    """
+    if name is None:
+        return TECHNOLOGIES.index(DEFAULT_TECHNOLOGY)
+    return _lookup("technology", name, TECHNOLOGIES, _technology_table())
+
+
+def _lookup(kind: str, name: str, tokens: Sequence[str], table: Mapping[str, int]) -> int:
+    if not isinstance(name, str):
+        raise InputError(f"{kind} must be a name or None, not {name!r}")
+    token = table.get(_plain(name))
+    if token is None:
+        known = [t for t in tokens if not t.startswith("<")]
+        near = _nearest(_plain(name), [_plain(t) for t in known], {_plain(t): t for t in known})
+        raise InputError(f"unknown {kind} {name!r}{near}; known: {', '.join(known)}")
+    return token
+
+
+@cache
+def _organ_table() -> dict[str, int]:
+    table = {_plain(name): ORGANS.index("Others") for name in _ORGANS_WITHOUT_TOKEN}
+    return table | {_plain(name): token for token, name in enumerate(ORGANS) if not name.startswith("<")}
+
+
+@cache
+def _technology_table() -> dict[str, int]:
+    table = {_plain(alias): TECHNOLOGIES.index(name) for alias, name in _TECHNOLOGY_ALIASES.items()}
+    return table | {_plain(name): token for token, name in enumerate(TECHNOLOGIES) if not name.startswith("<")}
+
+
+def _plain(name: str) -> str:
+    """A name without case, spaces and punctuation: 'Visium-HD' -> 'visiumhd'."""
+    return re.sub(r"[\W_]+", "", name).casefold()
+
+
+def _nearest(name: str, candidates: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
+    """' (did you mean A, B?)' for the nearest candidates, or ''."""
+    by_case = {candidate.casefold(): candidate for candidate in candidates}
+    near = [by_case[n] for n in difflib.get_close_matches(name.casefold(), by_case, n=3, cutoff=0.6)]
+    return f" (did you mean {', '.join((shown or {}).get(n, n) for n in near)}?)" if near else ""

@@ -1,0 +1,122 @@
+"""Checkpoints: a plain state_dict, in PyTorch's format or safetensors. Nothing is ever unpickled freely."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from stpath_runtime.errors import InputError
+from stpath_runtime.manifest import ModelConfig
+from stpath_runtime.output import written_whole
+from torch import Tensor
+
+from .model import STPath
+
+
+def load_checkpoint(path: str | Path) -> STPath:
+    """Load a checkpoint with the published keys, in float32, ready to infer; every size is read from it.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, not a state_dict of tensors, or not one of STPath.
+    """
+    path = Path(path)
+    weights = _read_state_dict(path)
+    config = config_of(weights, str(path))
+    with torch.device("meta"):
+        model = STPath(config)
+    try:
+        model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a checkpoint of STPath ({_brief(error)})") from error
+    return model.requires_grad_(False).eval()
+
+
+def save_checkpoint(model: STPath, path: str | Path) -> None:
+    """Write a model's weights as safetensors."""
+    from safetensors.torch import save_file
+
+    with written_whole(Path(path)) as partial:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial)
+
+
+def config_of(weights: Mapping[str, Tensor], name: str = "checkpoint") -> ModelConfig:
+    """Sizes of the model that a state_dict belongs to, from its shapes.
+
+    Raises
+    ------
+    InputError
+        If a key is missing that tells a size.
+    """
+    layers = [int(m[1]) for key in weights if (m := re.match(r"model\.blks\.(\d+)\.", key))]
+    try:
+        d_model, n_features = weights["input_encoder.image_embed.weight"].shape
+        config = ModelConfig(
+            d_model=d_model,
+            n_heads=weights["model.blks.0.attn.edge_bias.0.weight"].shape[0],
+            n_layers=max(layers) + 1,
+            d_mlp=weights["model.blks.0.mlp.fc1.weight"].shape[0],
+            n_features=n_features,
+            n_tokens=weights["input_encoder.gene_embed.weight"].shape[1],
+            n_organs=weights["input_encoder.organ_embed.weight"].shape[0],
+            n_technologies=weights["input_encoder.tech_embed.weight"].shape[0],
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise InputError(f"{name}: not a checkpoint of STPath (missing or misshapen: {error})") from error
+    if config.n_heads == 0 or config.d_model % config.n_heads:
+        raise InputError(f"{name}: not a checkpoint of STPath (width {d_model} does not divide by {config.n_heads} heads)")
+    return config
+
+
+def seeded_checkpoint(config: ModelConfig, seed: int) -> STPath:
+    """A model with random weights that a seed repeats: for tests, benchmarks and the demo, never for biology."""
+    rng = np.random.RandomState(seed)  # noqa: NPY002  the stream that the golden cases were made with
+    with torch.device("meta"):
+        model = STPath(config)
+    weights = {}
+    for key, value in sorted(model.state_dict().items()):
+        shape = tuple(value.shape)
+        drawn = rng.standard_normal(shape)
+        if key.endswith(("layernorm_qkv.0.weight", "norm.weight")) or key == "gene_exp_head.0.weight":
+            drawn = 1 + 0.1 * drawn
+        elif key.endswith(".bias"):
+            drawn = 0.1 * drawn
+        elif "edge_bias" in key:
+            drawn = 0.05 * drawn
+        elif any(name in key for name in ("tech_embed", "organ_embed", "gene_embed")):
+            drawn = 0.5 * drawn
+        else:
+            drawn = drawn / np.sqrt(shape[-1])
+        weights[key] = torch.from_numpy(drawn.astype(np.float32))
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _read_state_dict(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
+        raise InputError(
+            f"{path}: cannot be read as a state_dict of tensors ({_brief(error)}); give STPath's stfm.pth or a "
+            ".safetensors file"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise InputError(f"{path}: not a plain state_dict; expected keys such as 'model.blks.0.attn.W_output.0.weight'")
+    return weights
+
+
+def _brief(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:200] + "…"

@@ -1,0 +1,34 @@
+"""A slide as the model's tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from stpath_runtime.context import Context
+from stpath_runtime.slide import Slide
+from stpath_runtime.vocabulary import GeneVocabulary
+
+from .model import ContextTokens
+
+
+def slide_inputs(
+    slide: Slide, vocabulary: GeneVocabulary, context: Context | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Arguments of `STPath.embed` for one slide, in the type of the model's weights.
+
+    Coordinates are float64 for a float64 model and float32 for any other.
+    """
+    tokens = None
+    if context is not None:
+        rows = context.resolve(slide, vocabulary)
+        counts = torch.from_numpy(rows.log_counts.toarray()).to(dtype)
+        tokens = ContextTokens(torch.from_numpy(rows.spots), torch.from_numpy(rows.tokens), counts)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "features": torch.from_numpy(slide.features).to(dtype),
+        "coords": torch.from_numpy(slide.normalized_coords()).to(exact),
+        "organ": torch.full((len(slide),), slide.organ_token),
+        "technology": torch.full((len(slide),), slide.technology_token),
+        "context": tokens,
+    }

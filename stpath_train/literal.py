@@ -1,0 +1,77 @@
+"""STPath's formula as published, taken literally: the oracle of the collapsed model. Slow, and large in memory.
+
+Every query builds the vectors to all spots, centres them, rotates them into the eigenvectors of their covariance, and
+averages a Linear over the four sign patterns of those axes. Tokens are dense one-hot rows, and the head computes all
+genes. N spots, H heads, V tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from stpath_runtime.vocabulary import MASK_TOKEN
+from torch import Tensor
+
+from .model import ContextTokens, SpatialAttention, STPath
+
+SIGNS = ((1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0))
+
+
+def literal_tokens(n_spots: int, n_tokens: int, context: ContextTokens | None, dtype: torch.dtype) -> Tensor:
+    """Dense token rows [N, V]: one-hot of the mask, or log1p of counts for a context spot."""
+    tokens = torch.zeros(n_spots, n_tokens, dtype=dtype)
+    tokens[:, MASK_TOKEN] = 1
+    if context is not None:
+        rows = torch.zeros(len(context.spots), n_tokens, dtype=dtype)
+        rows[:, context.token_ids] = context.log_counts.to(dtype)
+        tokens[context.spots] = rows
+    return tokens
+
+
+def literal_bias(attention: SpatialAttention, coords: Tensor) -> Tensor:
+    """Bias [H, N, N] by frame averaging (Puny et al., ICLR 2022) over the edges of one slide, coords [N, 2]."""
+    edges = coords[:, None] - coords[None]  # [N, N, 2], c_i - c_j
+    distance = edges.norm(dim=-1)  # [N, N]
+    centred = edges - edges.mean(dim=1, keepdim=True)
+    covariance = centred.transpose(1, 2) @ centred  # [N, 2, 2]
+    _, axes = torch.linalg.eigh(covariance)
+    signs = torch.tensor(SIGNS, dtype=coords.dtype)  # [4, 2]
+    frames = axes[:, None] * signs[None, :, None, :]  # [N, 4, 2, 2]
+    framed = torch.einsum("ijc,ifcd->ijfd", centred, frames)  # [N, N, 4, 2]
+    inputs = torch.cat([framed, distance[:, :, None, None].expand(-1, -1, 4, 1)], dim=-1)  # [N, N, 4, 3]
+    return attention.edge_bias(inputs).mean(dim=2).permute(2, 0, 1)
+
+
+def literal_attention(attention: SpatialAttention, x: Tensor, coords: Tensor) -> Tensor:
+    """Attention within one slide, [N, d]."""
+    heads = attention.n_heads
+    q, k, v = (p.unflatten(-1, (heads, -1)).transpose(0, 1) for p in attention.layernorm_qkv(x).chunk(3, dim=-1))
+    scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + literal_bias(attention, coords)
+    attended = torch.softmax(scores, dim=-1) @ v
+    return attention.W_output(attended.transpose(0, 1).flatten(1))
+
+
+def literal_forward(
+    model: STPath,
+    features: Tensor,
+    coords: Tensor,
+    organ: Tensor,
+    technology: Tensor,
+    context: ContextTokens | None = None,
+    slide_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Embedding [N, d] and expression [N, V] (pad and mask columns included), with the weights of `model`."""
+    encoder = model.input_encoder
+    tokens = literal_tokens(len(features), model.config.n_tokens, context, features.dtype)
+    x = encoder.image_embed(features) + F.linear(tokens, encoder.gene_embed.weight)
+    x = x + encoder.tech_embed(technology) + encoder.organ_embed(organ)
+    slides = [torch.arange(len(x))]
+    if slide_index is not None:
+        slides = [torch.nonzero(slide_index == slide).ravel() for slide in slide_index.unique()]
+    for block in model.model.blks:
+        attended = torch.zeros_like(x)
+        for spots in slides:
+            attended = attended.index_put((spots,), literal_attention(block.attn, x[spots], coords[spots]))
+        x = x + attended
+        x = x + block.mlp(x)
+    return x, model.gene_exp_head(x)

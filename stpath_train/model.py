@@ -1,0 +1,196 @@
+"""STPath (Huang et al., npj Digital Medicine 2025), with what cancels in its formula left out.
+
+The published attention bias is w * distance, exactly: the frame averaging of the published code vanishes (see
+`stpath_train.literal`, which keeps it). Module names give the keys of the published checkpoint.
+
+N spots, F features, d width, H heads, G genes asked for, C context spots, P genes of the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from stpath_runtime.manifest import ModelConfig
+from stpath_runtime.vocabulary import FIRST_GENE_TOKEN, MASK_TOKEN
+from torch import Tensor, nn
+
+PUBLISHED_SIZES = ModelConfig(
+    d_model=512, n_heads=4, n_layers=4, d_mlp=1024, n_features=1536, n_tokens=38_984, n_organs=25, n_technologies=5
+)
+QUERIES_AT_ONCE = 1024  # bounds the scores of a whole slide to [H, 1024, N]; a training window is one piece
+
+
+@dataclass(frozen=True)
+class ContextTokens:
+    """Measured expression of some spots, as the model takes it."""
+
+    spots: Tensor  # [C] positions of the context spots
+    token_ids: Tensor  # [P] distinct gene tokens
+    log_counts: Tensor  # [C, P] log1p of raw counts
+
+
+def distance_bias(weight: Tensor, coords: Tensor, key_coords: Tensor) -> Tensor:
+    """Bias of attention scores, [H, N, M]: weight [H] times the distance of coords [N, 2] to key_coords [M, 2].
+
+    Computed in the type of the coordinates: float16 would round positions of 0..100 to 1/16.
+    """
+    dx = coords[:, :1] - key_coords[:, 0]  # [N, M]
+    dy = coords[:, 1:] - key_coords[:, 1]
+    return weight.to(coords.dtype)[:, None, None] * torch.sqrt(dx * dx + dy * dy)
+
+
+class InputEncoder(nn.Module):
+    """Sum of the embeddings of a spot's features, gene row, technology and organ."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.image_embed = nn.Linear(config.n_features, config.d_model)
+        self.gene_embed = nn.Linear(config.n_tokens, config.d_model, bias=False)
+        self.tech_embed = nn.Embedding(config.n_technologies, config.d_model)
+        self.organ_embed = nn.Embedding(config.n_organs, config.d_model)
+
+    def gene_rows(self, values: Tensor, token_ids: Tensor) -> Tensor:
+        """Embedded token rows [R, d]: values [R, P] in the columns of the tokens [P], 0 elsewhere."""
+        return F.linear(values, self.gene_embed.weight[:, token_ids])
+
+    def forward(
+        self, features: Tensor, organ: Tensor, technology: Tensor, context: ContextTokens | None = None
+    ) -> Tensor:
+        """Embed spots, [N, d]; those without context take the mask token's row."""
+        genes = self.gene_embed.weight[:, MASK_TOKEN].expand(len(features), -1)
+        if context is not None:
+            rows = self.gene_rows(context.log_counts, context.token_ids)
+            genes = genes.index_put((context.spots,), rows)
+        return self.image_embed(features) + genes + self.tech_embed(technology) + self.organ_embed(organ)
+
+
+class SpatialAttention(nn.Module):
+    """Attention of every spot to every spot of its slide, biased by their distance."""
+
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.layernorm_qkv = nn.Sequential(nn.LayerNorm(d_model), nn.Linear(d_model, 3 * d_model))
+        self.W_output = nn.Sequential(nn.Linear(d_model, d_model))
+        # Published as a Linear on [two frame coordinates, distance]; only the distance is left of it.
+        self.edge_bias = nn.Sequential(nn.Linear(3, n_heads, bias=False))
+
+    @property
+    def distance_weight(self) -> Tensor:
+        """[H], what a unit of distance adds to the score."""
+        return self.edge_bias[0].weight[:, 2]
+
+    def forward(self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None) -> Tensor:
+        q, k, v = (self._heads(part) for part in self.layernorm_qkv(x).chunk(3, dim=-1))  # [H, N, d/H]
+        tiles = []
+        for start in range(0, len(x), QUERIES_AT_ONCE):
+            rows = slice(start, start + QUERIES_AT_ONCE)
+            bias = distance_bias(self.distance_weight, coords[rows], coords)  # [H, T, N]
+            if slide_index is not None:
+                other = slide_index[rows, None] != slide_index
+                bias = bias.masked_fill(other, -torch.inf)
+            tiles.append(F.scaled_dot_product_attention(q[:, rows], k, v, attn_mask=bias.to(q.dtype)))
+        attended = torch.cat(tiles, dim=1).transpose(0, 1).flatten(1)  # [N, d]
+        return self.W_output(attended)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU and a norm. There is no norm before the first."""
+
+    def __init__(self, d_model: int, d_mlp: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, d_mlp)
+        self.norm = nn.LayerNorm(d_mlp)
+        self.fc2 = nn.Linear(d_mlp, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.norm(F.gelu(self.fc1(x))))
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each added to its input."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn = SpatialAttention(config.d_model, config.n_heads)
+        self.mlp = Mlp(config.d_model, config.d_mlp)
+
+    def forward(self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None) -> Tensor:
+        x = x + self.attn(x, coords, slide_index)
+        return x + self.mlp(x)
+
+
+class SpatialTransformer(nn.Module):
+    """The row of blocks."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.blks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+
+    def forward(self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None) -> Tensor:
+        for block in self.blks:
+            x = block(x, coords, slide_index)
+        return x
+
+
+class STPath(nn.Module):
+    """The whole model: features, coordinates, organ, technology and context in; log1p of raw counts out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.input_encoder = InputEncoder(config)
+        self.model = SpatialTransformer(config)
+        self.gene_exp_head = nn.Sequential(nn.LayerNorm(config.d_model), nn.Linear(config.d_model, config.n_tokens))
+
+    def embed(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        organ: Tensor,
+        technology: Tensor,
+        context: ContextTokens | None = None,
+        slide_index: Tensor | None = None,
+    ) -> Tensor:
+        """Embedding of every spot, [N, d]: the last block's output, before the head.
+
+        Parameters
+        ----------
+        features
+            [N, F], in the model's type.
+        coords
+            [N, 2], each axis from 0 to 100 over its slide (`Slide.normalized_coords`), in float32 or float64.
+        organ, technology
+            [N] tokens.
+        context
+            Measured expression of some spots.
+        slide_index
+            [N], the slide of each spot, where there are several; spots attend only within their slide.
+        """
+        x = self.input_encoder(features, organ, technology, context)
+        return self.model(x, coords, slide_index)
+
+    def decode(self, embedding: Tensor, token_ids: Tensor | None = None) -> Tensor:
+        """Expression [N, G] of the genes asked for (None: all, without the pad and mask tokens)."""
+        norm, linear = self.gene_exp_head
+        if token_ids is None:
+            token_ids = torch.arange(FIRST_GENE_TOKEN, self.config.n_tokens, device=embedding.device)
+        return F.linear(norm(embedding), linear.weight[token_ids], linear.bias[token_ids])
+
+    def forward(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        organ: Tensor,
+        technology: Tensor,
+        context: ContextTokens | None = None,
+        slide_index: Tensor | None = None,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Expression [N, G] from features; the parameters are those of `embed` and `decode`."""
+        return self.decode(self.embed(features, coords, organ, technology, context, slide_index), token_ids)

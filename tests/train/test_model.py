@@ -1,0 +1,140 @@
+"""The reference model against the published outputs and against the literal formula."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import Golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stpath_runtime.manifest import ModelConfig
+from stpath_train.checkpoint import seeded_checkpoint
+from stpath_train.literal import literal_bias, literal_forward
+from stpath_train.model import ContextTokens, STPath, distance_bias
+
+
+def golden_inputs(golden: Golden) -> dict:
+    a = golden.arrays
+    context = None
+    if "context_ids" in a:
+        counts = torch.from_numpy(np.log1p(a["context_counts"].astype(np.float64)))
+        context = ContextTokens(torch.from_numpy(a["context_ids"]), torch.from_numpy(a["context_gene_ids"]), counts)
+    n = len(a["coords"])
+    return {
+        "features": torch.from_numpy(golden.features).double(),
+        "coords": torch.from_numpy(a["normalized_coords"]),
+        "organ": torch.full((n,), int(a["organ_id"])),
+        "technology": torch.full((n,), int(a["tech_id"])),
+        "context": context,
+        "slide_index": torch.from_numpy(a["slide_index"]),
+    }
+
+
+def relative_l2(found, exact) -> float:
+    return float(np.linalg.norm(np.asarray(found) - np.asarray(exact)) / np.linalg.norm(np.asarray(exact)))
+
+
+def test_reference_gives_the_published_outputs(golden):
+    model = copy.deepcopy(golden.model).double()
+    embedding = model.embed(**golden_inputs(golden))
+    expression = model.decode(embedding, torch.from_numpy(golden.arrays["output_token_ids"]))
+    assert relative_l2(embedding, golden.arrays["embedding"]) <= 1e-10
+    assert relative_l2(expression, golden.arrays["prediction"]) <= 1e-10
+
+
+def test_literal_formula_gives_the_published_outputs(golden):
+    model = copy.deepcopy(golden.model).double()
+    embedding, expression = literal_forward(model, **golden_inputs(golden))
+    assert relative_l2(embedding, golden.arrays["embedding"]) <= 1e-10
+    assert relative_l2(expression[:, golden.arrays["output_token_ids"]], golden.arrays["prediction"]) <= 1e-10
+
+
+def random_case(seed: int, spots: int, heads: int, layers: int, slides: int, context: int) -> tuple[STPath, dict]:
+    rng = np.random.default_rng(seed)
+    config = ModelConfig(
+        d_model=4 * heads, n_heads=heads, n_layers=layers, d_mlp=8 * heads, n_features=6, n_tokens=12,
+        n_organs=25, n_technologies=5,
+    )  # fmt: skip
+    model = seeded_checkpoint(config, seed).double()
+    chosen = rng.choice(spots, min(context, spots), replace=False)
+    tokens = ContextTokens(
+        torch.from_numpy(chosen),
+        torch.from_numpy(rng.choice(np.arange(2, 12), 5, replace=False)),
+        torch.from_numpy(np.log1p(rng.poisson(3, (len(chosen), 5)).astype(float))),
+    )
+    return model, {
+        "features": torch.from_numpy(rng.standard_normal((spots, 6))),
+        "coords": torch.from_numpy(rng.random((spots, 2)) * 100),
+        "organ": torch.from_numpy(rng.integers(0, 25, spots)),
+        "technology": torch.from_numpy(rng.integers(0, 5, spots)),
+        "context": tokens if context else None,
+        "slide_index": torch.from_numpy(np.sort(rng.integers(0, slides, spots))),
+    }
+
+
+cases = st.builds(
+    random_case,
+    seed=st.integers(0, 2**16),
+    spots=st.integers(1, 40),
+    heads=st.sampled_from([1, 2, 4]),
+    layers=st.integers(1, 3),
+    slides=st.integers(1, 3),
+    context=st.integers(0, 5),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases)
+def test_collapsed_model_equals_the_literal_formula(case):
+    model, inputs = case
+    embedding, expression = literal_forward(model, **inputs)
+    assert relative_l2(model.embed(**inputs), embedding) <= 1e-10
+    assert relative_l2(model(**inputs), expression[:, 2:]) <= 1e-10
+
+
+@settings(max_examples=15, deadline=None)
+@given(cases)
+def test_collapsed_gradients_equal_those_of_the_literal_formula(case):
+    model, inputs = case
+    model.requires_grad_(True)
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal(10))
+
+    (model(**inputs) * weight).sum().backward()
+    collapsed = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    (literal_forward(model, **inputs)[1][:, 2:] * weight).sum().backward()
+
+    for name, p in model.named_parameters():
+        scale = max(1.0, float(p.grad.abs().max()))
+        assert torch.allclose(collapsed[name], p.grad, rtol=1e-8, atol=1e-9 * scale), name
+
+
+def test_frame_averaging_leaves_weight_times_distance():
+    rng = np.random.default_rng(0)
+    attention = seeded_checkpoint(
+        ModelConfig(d_model=8, n_heads=2, n_layers=1, d_mlp=8, n_features=3, n_tokens=5, n_organs=25, n_technologies=5), 0
+    ).model.blks[0].attn.double()  # fmt: skip
+    attention.edge_bias[0].weight.data[:, :2] = 1e3  # the weights of the frame coordinates do not matter
+    coords = torch.from_numpy(rng.random((50, 2)) * 100)
+    collapsed = distance_bias(attention.distance_weight, coords, coords)
+    assert torch.allclose(literal_bias(attention, coords), collapsed, atol=1e-9)
+
+
+def test_slides_of_a_batch_do_not_see_each_other():
+    model, inputs = random_case(seed=1, spots=30, heads=2, layers=2, slides=3, context=0)
+    together = model.embed(**inputs)
+    for slide in range(3):
+        spots = inputs["slide_index"] == slide
+        alone = {k: v[spots] for k, v in inputs.items() if k not in ("context", "slide_index")}
+        assert torch.allclose(model.embed(**alone), together[spots], atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [1, 7, 1000])
+def test_result_does_not_depend_on_how_many_queries_run_at_once(queries, monkeypatch):
+    model, inputs = random_case(seed=2, spots=30, heads=2, layers=2, slides=2, context=4)
+    expected = model.embed(**inputs)
+    monkeypatch.setattr("stpath_train.model.QUERIES_AT_ONCE", queries)
+    assert torch.allclose(model.embed(**inputs), expected, atol=1e-12)
