@@ -174,14 +174,27 @@ def _write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
         )
     assert program is not None
     model = program.model
-    for node in model.graph:  # traces of the source, with paths of the machine that exported
-        node.metadata_props.clear()
-        node.doc_string = None
+    _tidy(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes >= SHARED_FROM_BYTES:
             value.const_value = weights.add(tensor, value.name or "")
     ir.save(model, directory / f"{graph.name}.onnx")
+
+
+def _tidy(model: ir.Model) -> None:
+    """Drop the exporter's traces (with paths of the machine), and names that may be those of the graph's own ends."""
+    graph = model.graph
+    ends = {id(value) for value in graph.outputs}
+    values = [*graph.inputs, *graph.initializers.values(), *graph.outputs]
+    for i, node in enumerate(graph):
+        node.doc_string = None
+        for j, value in enumerate(node.outputs):
+            if id(value) not in ends:
+                value.name = f"node_{i}_{j}"
+        values += node.outputs
+    for traced in (model, graph, *graph, *values):
+        traced.metadata_props.clear()
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def grid(model: STPath, vocabulary: GeneVocabulary) -> list[Case]:
                 organ, technology = organs[(i * 7) % len(organs)], technologies[i % len(technologies)]
                 slide = random_slide(spots, model.config.n_features, i, organ, technology)
                 measured = _random_context(slide, panel, rng) if context else None
-                what = f"{spots} spots, {organ}, {technology or 'no technology'}{', context' if context else ''}"
+                what = f"{spots} {'spot' if spots == 1 else 'spots'}, {organ}, {technology or 'no technology'}{', context' if context else ''}"
                 cases.append(Case(what, slide, measured, genes))
     return cases
 

@@ -9,7 +9,7 @@ from .manifest import Manifest
 
 
 def print_manifest(path: Path, manifest: Manifest) -> None:
-    """Print the manifest as two tables: the engine, and its proof of parity."""
+    """Print the manifest as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -25,6 +25,7 @@ def print_manifest(path: Path, manifest: Manifest) -> None:
         "precision": manifest.precision,
         "graphs": f"{sum(name.endswith('.onnx') for name in manifest.files)} ONNX, opset {manifest.opset}",
         "size": f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files, hashes checked",
+        "parity": _summary(manifest.parity),
         "created": manifest.created,
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
@@ -33,7 +34,6 @@ def print_manifest(path: Path, manifest: Manifest) -> None:
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/]", value)
     console.print(table)
-    print_parity(manifest.parity, console)
 
 
 def print_parity(report: dict[str, Any], console: Any) -> None:
@@ -50,3 +50,14 @@ def print_parity(report: dict[str, Any], console: Any) -> None:
             *(f"{row['embedding_l2']:.1e}", pearson, "ok" if row["passed"] else "[red]FAILED[/]"),
         )
     console.print(table)
+
+
+def _summary(report: dict[str, Any]) -> str:
+    cases = report["cases"]
+    worst = max(cases, key=lambda row: row["relative_l2"] / row["bar_l2"])
+    pearson = min((row["pearson_min"] for row in cases if row["pearson_min"] is not None), default=None)
+    lowest = "" if pearson is None else f", lowest Pearson {pearson:.7f}"
+    return (
+        f"{'passed' if report['passed'] else 'FAILED'}: {len(cases)} comparisons with the {report['reference']} reference, "
+        f"worst relative L2 {worst['relative_l2']:.1e} (bar {worst['bar_l2']:.1e}){lowest}; {report['backend']}"
+    )
