@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from stpath_runtime.errors import InputError
 from stpath_runtime.progress import progress_bar
 
@@ -34,7 +35,9 @@ def export(
     with progress_bar(f"export {checkpoint.name}") as on_step:
         report = export_engine(checkpoint, out, genes, precision.value, on_step)
     worst = max(row["relative_l2"] for row in report["cases"])
-    typer.echo(f"{out}: {precision.value}, {len(report['cases'])} comparisons with float64 passed, relative L2 <= {worst:.1e}")
+    typer.echo(
+        f"{out}: {precision.value}, {len(report['cases'])} comparisons with float64 passed, relative L2 <= {worst:.1e}"
+    )
 
 
 def verify(
@@ -45,6 +48,7 @@ def verify(
     """Repeat the proof of parity for an engine that exists."""
     _require_torch()
     from rich.console import Console
+
     from stpath_runtime.info import print_parity
     from stpath_runtime.manifest import Manifest, sha256
     from stpath_runtime.readers import read_slide

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+
 from stpath_runtime.errors import InputError
 from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest, sha256
 from stpath_runtime.progress import OnTile
@@ -52,7 +53,12 @@ class SharedWeights:
                 self._offsets[digest] = file.tell()
                 file.write(raw)
         return ir.ExternalTensor(
-            self.path.name, self._offsets[digest], len(raw), tensor.dtype, shape=tensor.shape, name=name
+            self.path.name,
+            self._offsets[digest],
+            len(raw),
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
         )
 
 
@@ -102,9 +108,10 @@ def read_vocabulary(genes: Path | None, model: STPath, name: str) -> GeneVocabul
     """
     vocabulary = GeneVocabulary.published() if genes is None else GeneVocabulary.read(genes)
     if vocabulary.n_tokens != model.config.n_tokens:
+        source = genes or "the published vocabulary"
         raise InputError(
-            f"{name}: the checkpoint has {model.config.n_tokens:,} gene tokens, but {genes or 'the published vocabulary'} "
-            f"gives {vocabulary.n_tokens:,} ({len(vocabulary):,} genes and 2); give the model's own with --genes"
+            f"{name}: the checkpoint has {model.config.n_tokens:,} gene tokens, but {source} gives "
+            f"{vocabulary.n_tokens:,} ({len(vocabulary):,} genes and 2); give the model's own with --genes"
         )
     return vocabulary
 
@@ -169,7 +176,9 @@ def _write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
             opset_version=OPSET,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=tuple({axis: dims[size] for axis, size in graph.dynamic[name].items()} for name in graph.inputs),
+            dynamic_shapes=tuple(
+                {axis: dims[size] for axis, size in graph.dynamic[name].items()} for name in graph.inputs
+            ),
             verbose=False,
         )
     assert program is not None

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from stpath_runtime import encoder
 from stpath_runtime.context import Context
 from stpath_runtime.engine import Engine
@@ -53,7 +54,7 @@ def grid(model: STPath, vocabulary: GeneVocabulary) -> list[Case]:
     panel = [names[i] for i in rng.choice(len(names), min(PANEL, len(names)), replace=False)]
     organs = [organ for organ in ORGANS if not organ.startswith("<")]
     technologies = [None, *(t for t in TECHNOLOGIES if not t.startswith("<"))]
-    cases = []
+    cases: list[Case] = []
     for spots in SPOTS:
         for context in (False, True):
             for genes in (panel, None):
@@ -61,8 +62,8 @@ def grid(model: STPath, vocabulary: GeneVocabulary) -> list[Case]:
                 organ, technology = organs[(i * 7) % len(organs)], technologies[i % len(technologies)]
                 slide = random_slide(spots, model.config.n_features, i, organ, technology)
                 measured = _random_context(slide, panel, rng) if context else None
-                what = f"{spots} {'spot' if spots == 1 else 'spots'}, {organ}, {technology or 'no technology'}{', context' if context else ''}"
-                cases.append(Case(what, slide, measured, genes))
+                what = [f"{spots} {'spot' if spots == 1 else 'spots'}", organ, technology or "no technology"]
+                cases.append(Case(", ".join(what + ["context"] * context), slide, measured, genes))
     return cases
 
 
@@ -99,10 +100,10 @@ def prove(directory: Path, model: STPath, slides: Sequence[Slide] = ()) -> Repor
     exact_model = copy.deepcopy(model).to(torch.float64)
     low_model = copy.deepcopy(model).to(torch.float16) if engine.manifest.precision == "fp16" else None
     for case in cases:
-        exact = _reference(exact_model, case, engine.vocabulary)
-        low = _reference(low_model, case, engine.vocabulary) if low_model is not None else None
+        exact = reference(exact_model, case, engine.vocabulary)
+        low = reference(low_model, case, engine.vocabulary) if low_model is not None else None
         for path, found in _engine_paths(engine, case):
-            rows.append({"case": case.name, "path": path, **_compare(found, exact, low)})
+            rows.append({"case": case.name, "path": path, **compare(found, exact, low)})
     return {
         "passed": all(row["passed"] for row in rows),
         "reference": "float64",
@@ -119,7 +120,7 @@ def require_passed(report: Report) -> None:
         worst = max(failed, key=lambda row: row["relative_l2"] / row["bar_l2"])
         pearson = "" if worst["pearson_min"] is None else f", lowest Pearson {worst['pearson_min']:.7f}"
         raise ParityError(
-            f"{len(failed)} of {len(report['cases'])} comparisons are below the bar; the worst is {worst['case']} by the "
+            f"{len(failed)} of {len(report['cases'])} comparisons miss the bar; the worst is {worst['case']} by the "
             f"{worst['path']}: relative L2 {worst['relative_l2']:.2e} (bar {worst['bar_l2']:.2e}), embedding "
             f"{worst['embedding_l2']:.2e} (bar {worst['embedding_bar']:.2e}){pearson}"
         )
@@ -127,7 +128,7 @@ def require_passed(report: Report) -> None:
 
 def relative_l2(found: Floats, exact: Floats) -> float:
     """||found - exact|| / ||exact||, in float64."""
-    return float(np.linalg.norm(found.astype(np.float64) - exact) / max(np.linalg.norm(exact), 1e-300))
+    return float(np.linalg.norm(found.astype(np.float64) - exact) / max(float(np.linalg.norm(exact)), 1e-300))
 
 
 def lowest_pearson(found: Floats, exact: Floats) -> tuple[float | None, int]:
@@ -135,7 +136,7 @@ def lowest_pearson(found: Floats, exact: Floats) -> tuple[float | None, int]:
 
     A gene is flat where its spread over the spots is below FLAT times the root mean square of the whole reference.
     """
-    scale = np.sqrt(np.mean(exact**2))
+    scale = float(np.sqrt(np.mean(exact**2)))
     varies = exact.std(axis=0) > FLAT * scale
     if not varies.any():
         return None, int((~varies).sum())
@@ -146,10 +147,17 @@ def lowest_pearson(found: Floats, exact: Floats) -> tuple[float | None, int]:
     return float(r.min()), int((~varies).sum())
 
 
-def _compare(
-    found: tuple[Floats, Floats], exact: tuple[Floats, Floats], low: tuple[Floats, Floats] | None
+def compare(
+    found: tuple[Floats, Floats], exact: tuple[Floats, Floats], low: tuple[Floats, Floats] | None = None
 ) -> dict[str, Any]:
-    """One row of the report; each argument is (embedding, expression)."""
+    """One row of the report.
+
+    Parameters
+    ----------
+    found, exact, low
+        (embedding [N, d], expression [N, G]) of the engine, of the float64 reference, and of PyTorch in the engine's
+        precision where that is below float32.
+    """
     embedding_bar, bar = L2_BAR, L2_BAR
     if low is not None:
         embedding_bar, bar = (TIMES_TORCH * relative_l2(a, b) for a, b in zip(low, exact, strict=True))
@@ -186,8 +194,8 @@ def _engine_paths(engine: Engine, case: Case) -> Iterator[tuple[str, tuple[Float
         yield "fused graph", (embedding, expression)
 
 
-def _reference(model: STPath, case: Case, vocabulary: GeneVocabulary) -> tuple[Floats, Floats]:
-    """Embedding and expression by PyTorch, in the model's type, as float64."""
+def reference(model: STPath, case: Case, vocabulary: GeneVocabulary) -> tuple[Floats, Floats]:
+    """Embedding [N, d] and expression [N, G] by PyTorch, computed in the model's type, as float64."""
     dtype = next(model.parameters()).dtype
     tokens = None if case.genes is None else torch.from_numpy(vocabulary.tokens(case.genes))
     with torch.inference_mode():

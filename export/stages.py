@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from stpath_train.model import Block, STPath, distance_bias
 from torch import Tensor, nn
+
+from stpath_train.model import Block, STPath, distance_bias
 
 
 class KeysValues(nn.Module):
@@ -19,7 +20,7 @@ class KeysValues(nn.Module):
 
     def __init__(self, block: Block) -> None:
         super().__init__()
-        norm, qkv = block.attn.layernorm_qkv
+        norm, qkv = block.attn.norm_and_qkv
         d = qkv.in_features
         self.norm = norm
         self.key = _linear(qkv.weight[d : 2 * d], qkv.bias[d : 2 * d])
@@ -50,7 +51,7 @@ class Embed(nn.Module):
         self.image = model.input_encoder.image_embed
         self.technology = model.input_encoder.tech_embed
         self.organ = model.input_encoder.organ_embed
-        self.keys_values = KeysValues(model.model.blks[0])
+        self.keys_values = KeysValues(model.blocks[0])
 
     def forward(
         self, features: Tensor, organ: Tensor, technology: Tensor, gene_row: Tensor
@@ -64,13 +65,13 @@ class BlockStage(nn.Module):
 
     def __init__(self, block: Block, following: Block | None) -> None:
         super().__init__()
-        norm, qkv = block.attn.layernorm_qkv
+        norm, qkv = block.attn.norm_and_qkv
         d = qkv.in_features
         self.n_heads = block.attn.n_heads
         self.norm = norm
         self.query = _linear(qkv.weight[:d], qkv.bias[:d])
         self.distance_weight = nn.Parameter(block.attn.distance_weight.clone(), requires_grad=False)
-        self.output = block.attn.W_output[0]
+        self.output = block.attn.W_output
         self.mlp = block.mlp
         self.keys_values = KeysValues(following) if following is not None else None
 
@@ -90,7 +91,7 @@ class Head(nn.Module):
 
     def __init__(self, model: STPath) -> None:
         super().__init__()
-        self.norm, linear = model.gene_exp_head
+        self.norm, linear = model.head
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, embedding: Tensor, token_ids: Tensor) -> Tensor:
@@ -126,8 +127,8 @@ class Graph:
 
 def graphs(model: STPath) -> list[Graph]:
     """Every graph of an engine, in the type of the model's weights."""
-    config, dtype = model.config, model.gene_exp_head[1].weight.dtype
-    blocks = list(model.model.blks)
+    config, dtype = model.config, model.head[1].weight.dtype
+    blocks = model.blocks
     embed, head = Embed(model), Head(model)
     stages = [BlockStage(block, following) for block, following in zip(blocks, [*blocks[1:], None], strict=True)]
 

@@ -7,9 +7,9 @@
 
 from .context import Context
 from .engine import Engine
-from .errors import InputError, ParityError
+from .errors import InputError, InputWarning, ParityError
 from .readers import read_slide
 from .slide import Slide
 
-__all__ = ["Context", "Engine", "InputError", "ParityError", "Slide", "read_slide"]
+__all__ = ["Context", "Engine", "InputError", "InputWarning", "ParityError", "Slide", "read_slide"]
 __version__ = "0.1.0"

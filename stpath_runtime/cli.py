@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .errors import InputError, ParityError
+from .errors import InputError, InputWarning, ParityError
 from .progress import progress_bar
 
 app = typer.Typer(
@@ -161,12 +161,15 @@ def _add_commands() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    debug = "--debug" in given  # taken anywhere on the line, as users put it last
     given = [word for word in given if word != "--debug"]
-    warnings.showwarning = _show_warning
-    _add_commands()
     try:
-        code = app(given, standalone_mode=False)
+        with warnings.catch_warnings():
+            if not debug:  # other libraries' notes to their developers are no use to a user
+                warnings.simplefilter("ignore")
+            warnings.simplefilter("always", InputWarning)
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            code = app(given, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except Exception as error:
         if debug:
@@ -194,10 +197,12 @@ def _report(error: Exception) -> int:
     elif isinstance(error, MemoryError):
         line, code = f"not enough memory ({error}); ask for fewer genes", 2
     else:
-        line, code = f"{type(error).__name__}: {error}; a fault of stpath-engine: run again with --debug and report it", 1
+        line, code = (
+            f"{type(error).__name__}: {error}; a fault of stpath-engine: run again with --debug and report it",
+            1,
+        )
     typer.echo("error: " + " ".join(line.split()), err=True)
     return code
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+_add_commands()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import InputError, InputWarning
 from .slide import Slide
 from .vocabulary import GeneVocabulary
 
@@ -60,7 +60,7 @@ class Context:
         _check_counts(counts, slide.name)
         found = [vocabulary.find(gene) for gene in genes]
         known = np.flatnonzero([token is not None for token in found])
-        if len(known) == 0 and len(genes):
+        if len(known) == 0 and genes:
             raise InputError(
                 f"context of {slide.name}: none of its {len(genes):,} genes is known to the engine "
                 f"(the first is {genes[0]!r}); give symbols or Ensembl ids"
@@ -69,6 +69,7 @@ class Context:
             warnings.warn(
                 f"context of {slide.name}: {len(genes) - len(known):,} of {len(genes):,} genes are not known to the "
                 "engine and are left out",
+                InputWarning,
                 stacklevel=3,
             )
         tokens = np.array([found[i] for i in known], dtype=np.int64)
@@ -86,15 +87,14 @@ class ContextRows:
 
 def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
     """Positions of context spots in the slide, [C]."""
-    names = [i.decode() if isinstance(i, bytes) else i for i in ids]
+    names: list[Any] = [i.decode() if isinstance(i, bytes) else i for i in ids]
     if all(isinstance(i, str) for i in names):
-        assert slide.barcodes is not None
-        where = {barcode: position for position, barcode in enumerate(slide.barcodes)}
+        where = {barcode: position for position, barcode in enumerate(slide.obs_names)}
         missing = [name for name in names if name not in where]
         if missing:
             raise InputError(
                 f"context of {slide.name}: {len(missing):,} of {len(names):,} barcodes are not in the slide, "
-                f"the first is {missing[0]!r} (the slide's first is {slide.barcodes[0]!r})"
+                f"the first is {missing[0]!r} (the slide's first is {slide.obs_names[0]!r})"
             )
         spots = [where[name] for name in names]
     elif all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in names):
@@ -123,13 +123,12 @@ def _check_counts(counts: csr_matrix, name: str) -> None:
             f"context of {name}: {(values != np.rint(values)).mean():.0%} of the counts are no whole numbers (highest "
             f"{values.max():g}), as if log-transformed or normalised; the model was trained on log1p of raw counts, "
             "and takes log1p itself",
+            InputWarning,
             stacklevel=4,
         )
 
 
-def _merge_by_maximum(
-    counts: csr_matrix, tokens: npt.NDArray[np.int64]
-) -> tuple[npt.NDArray[np.int64], csr_matrix]:
+def _merge_by_maximum(counts: csr_matrix, tokens: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], csr_matrix]:
     """One column a gene, the highest of those that share a token, as log1p: tokens [P'], log counts [C, P']."""
     from scipy.sparse import csr_matrix
 

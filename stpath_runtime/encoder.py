@@ -27,7 +27,7 @@ from .vocabulary import MASK_TOKEN
 Floats = npt.NDArray[Any]
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}  # what passes between the stages, by precision
-TILE_BYTES = 64 << 20  # one tile's largest array: enough to keep the matrix products busy, far below a slide's own size
+TILE_BYTES = 64 << 20  # a tile's scores: enough to keep the matrix products busy, little beside the slide itself
 GENES_AT_ONCE = 8_192
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from . import encoder
 from .backends import Backend, open_backend
 from .context import Context
-from .errors import InputError
+from .errors import InputError, InputWarning
 from .manifest import GENES, MANIFEST, Manifest
 from .progress import OnTile
 from .slide import Slide
@@ -162,8 +162,8 @@ class Engine:
         var_names = names if names is not None else self.vocabulary.names(tokens)
         adata = AnnData(
             X=expression,
-            obs=pd.DataFrame(index=pd.Index(slide.barcodes, dtype=object)),
-            var=pd.DataFrame({"gene_ids": self.vocabulary.gene_ids(tokens)}, index=pd.Index(var_names, dtype=object)),
+            obs=pd.DataFrame(index=pd.Index(slide.obs_names)),
+            var=pd.DataFrame({"gene_ids": self.vocabulary.gene_ids(tokens)}, index=pd.Index(var_names)),
             obsm={"spatial": np.array(slide.coords)},
             uns={"stpath": self._provenance(slide)},
         )
@@ -188,5 +188,7 @@ class Engine:
 def _distinct(names: list[str]) -> list[str]:
     distinct = list(dict.fromkeys(names))
     if len(distinct) < len(names):
-        warnings.warn(f"{len(names) - len(distinct)} genes are asked for twice; each is given once", stacklevel=3)
+        warnings.warn(
+            f"{len(names) - len(distinct)} genes are asked for twice; each is given once", InputWarning, stacklevel=3
+        )
     return distinct

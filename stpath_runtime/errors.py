@@ -1,4 +1,4 @@
-"""The two faults that the command line tells apart by its exit code."""
+"""The faults that the command line tells apart by its exit code, and the warning that it shows."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class ParityError(RuntimeError):
     """An engine does not give the reference's numbers (exit code 3)."""
+
+
+class InputWarning(UserWarning):
+    """The input is odd, and the result may be: the message says why."""

@@ -57,7 +57,8 @@ def _summary(report: dict[str, Any]) -> str:
     worst = max(cases, key=lambda row: row["relative_l2"] / row["bar_l2"])
     pearson = min((row["pearson_min"] for row in cases if row["pearson_min"] is not None), default=None)
     lowest = "" if pearson is None else f", lowest Pearson {pearson:.7f}"
+    verdict = "passed" if report["passed"] else "FAILED"
     return (
-        f"{'passed' if report['passed'] else 'FAILED'}: {len(cases)} comparisons with the {report['reference']} reference, "
-        f"worst relative L2 {worst['relative_l2']:.1e} (bar {worst['bar_l2']:.1e}){lowest}; {report['backend']}"
+        f"{verdict}: {len(cases)} comparisons with the {report['reference']} reference, worst relative L2 "
+        f"{worst['relative_l2']:.1e} (bar {worst['bar_l2']:.1e}){lowest}; {report['backend']}"
     )

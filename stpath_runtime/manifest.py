@@ -62,7 +62,9 @@ class Manifest:
         path = directory / MANIFEST
         if not path.is_file():
             why = "no such folder" if not directory.exists() else f"it holds no {MANIFEST}"
-            raise InputError(f"{directory}: not an engine ({why}); make one with: stpath export CHECKPOINT --out ENGINE")
+            raise InputError(
+                f"{directory}: not an engine ({why}); make one with: stpath export CHECKPOINT --out ENGINE"
+            )
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             schema = found["schema"]
@@ -72,7 +74,9 @@ class Manifest:
                     "upgrade stpath-engine, or export the engine again with this version"
                 )
             manifest = cls(**{**found, "model": ModelConfig(**found["model"])})
-            if schema != SCHEMA or not all(isinstance(getattr(manifest.model, f.name), int) for f in fields(ModelConfig)):
+            if schema != SCHEMA or not all(
+                isinstance(getattr(manifest.model, f.name), int) for f in fields(ModelConfig)
+            ):
                 raise TypeError("a field has the wrong type")
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):

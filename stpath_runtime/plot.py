@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 4  # panels in a row
 PANEL_INCHES = 3.2
+DOTS_PER_INCH = 110
 UNITS = "log1p counts"
 
 
@@ -86,7 +87,7 @@ def draw_maps(
     for axes in panels[len(values) :]:
         axes.set_axis_off()
     with written_whole(path) as partial:
-        figure.savefig(partial, dpi=150, format="png", facecolor="white")
+        figure.savefig(partial, dpi=DOTS_PER_INCH, format="png", facecolor="white")
 
 
 def _spot_diameter(coords: npt.NDArray[Any], span: npt.NDArray[Any]) -> float:
@@ -96,7 +97,7 @@ def _spot_diameter(coords: npt.NDArray[Any], span: npt.NDArray[Any]) -> float:
     if len(coords) < 2:
         return float(span.max()) / 20
     distance, _ = KDTree(coords.astype(float)).query(coords[:: max(1, len(coords) // 2000)].astype(float), k=2)
-    return float(min(np.median(distance[:, 1]) or span.max() / 100, span.max() / 10))
+    return float(min(np.median(np.asarray(distance)[:, 1]) or span.max() / 100, span.max() / 10))
 
 
 def _dense(column: Any) -> npt.NDArray[Any]:

@@ -80,6 +80,11 @@ class Slide:
         return len(self.coords)
 
     @property
+    def obs_names(self) -> list[str]:
+        """Names of the spots: the barcodes, or their numbers."""
+        return list(self.barcodes or ())
+
+    @property
     def organ_token(self) -> int:
         """Token of the organ."""
         return organ_token(self.organ)

@@ -136,7 +136,8 @@ class GeneVocabulary:
             token = published._token.get(gene)
             usual = published.symbols[token - FIRST_GENE_TOKEN] if token is not None else ""
             symbols.append(usual if usual in known else known[0])
-        return cls(list(names), symbols, [[n for n in known if n != s] for known, s in zip(names.values(), symbols)])
+        aliases = [[n for n in known if n != shown] for known, shown in zip(names.values(), symbols, strict=True)]
+        return cls(list(names), symbols, aliases)
 
     @classmethod
     def _from_tsv(cls, text: str) -> GeneVocabulary:
@@ -187,7 +188,9 @@ class GeneVocabulary:
             shown = "; ".join(f"{name!r}{_nearest(name, self._candidates(name))}" for name in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             noun = "gene" if len(unknown) == 1 else f"{len(unknown)} of {len(names)} genes"
-            raise InputError(f"unknown {noun}: {shown}{more}; give symbols, aliases or Ensembl ids of the engine's genes")
+            raise InputError(
+                f"unknown {noun}: {shown}{more}; give symbols, aliases or Ensembl ids of the engine's genes"
+            )
         return np.array(found, dtype=np.int64)
 
     def names(self, tokens: Iterable[int]) -> list[str]:

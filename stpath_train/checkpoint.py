@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from stpath_runtime.errors import InputError
 from stpath_runtime.manifest import ModelConfig
 from stpath_runtime.output import written_whole
-from torch import Tensor
 
 from .model import STPath
 
@@ -68,13 +69,15 @@ def config_of(weights: Mapping[str, Tensor], name: str = "checkpoint") -> ModelC
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{name}: not a checkpoint of STPath (missing or misshapen: {error})") from error
     if config.n_heads == 0 or config.d_model % config.n_heads:
-        raise InputError(f"{name}: not a checkpoint of STPath (width {d_model} does not divide by {config.n_heads} heads)")
+        raise InputError(
+            f"{name}: not a checkpoint of STPath (width {d_model} does not divide by {config.n_heads} heads)"
+        )
     return config
 
 
 def seeded_checkpoint(config: ModelConfig, seed: int) -> STPath:
     """A model with random weights that a seed repeats: for tests, benchmarks and the demo, never for biology."""
-    rng = np.random.RandomState(seed)  # noqa: NPY002  the stream that the golden cases were made with
+    rng = np.random.RandomState(seed)
     with torch.device("meta"):
         model = STPath(config)
     weights = {}

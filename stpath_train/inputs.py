@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from stpath_runtime.context import Context
 from stpath_runtime.slide import Slide
 from stpath_runtime.vocabulary import GeneVocabulary

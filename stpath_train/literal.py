@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from stpath_runtime.vocabulary import MASK_TOKEN
 from torch import Tensor
+
+from stpath_runtime.vocabulary import MASK_TOKEN
 
 from .model import ContextTokens, SpatialAttention, STPath
 
@@ -39,7 +40,8 @@ def literal_bias(attention: SpatialAttention, coords: Tensor) -> Tensor:
     frames = axes[:, None] * signs[None, :, None, :]  # [N, 4, 2, 2]
     framed = torch.einsum("ijc,ifcd->ijfd", centred, frames)  # [N, N, 4, 2]
     inputs = torch.cat([framed, distance[:, :, None, None].expand(-1, -1, 4, 1)], dim=-1)  # [N, N, 4, 3]
-    return attention.edge_bias(inputs).mean(dim=2).permute(2, 0, 1)
+    bias: Tensor = attention.edge_bias(inputs)  # [N, N, 4, H]
+    return bias.mean(dim=2).permute(2, 0, 1)
 
 
 def literal_attention(attention: SpatialAttention, x: Tensor, coords: Tensor) -> Tensor:
@@ -67,8 +69,8 @@ def literal_forward(
     x = x + encoder.tech_embed(technology) + encoder.organ_embed(organ)
     slides = [torch.arange(len(x))]
     if slide_index is not None:
-        slides = [torch.nonzero(slide_index == slide).ravel() for slide in slide_index.unique()]
-    for block in model.model.blks:
+        slides = [torch.nonzero(slide_index == slide).ravel() for slide in torch.unique(slide_index)]
+    for block in model.blocks:
         attended = torch.zeros_like(x)
         for spots in slides:
             attended = attended.index_put((spots,), literal_attention(block.attn, x[spots], coords[spots]))

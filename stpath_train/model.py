@@ -9,12 +9,14 @@ N spots, F features, d width, H heads, G genes asked for, C context spots, P gen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from stpath_runtime.manifest import ModelConfig
 from stpath_runtime.vocabulary import FIRST_GENE_TOKEN, MASK_TOKEN
-from torch import Tensor, nn
 
 PUBLISHED_SIZES = ModelConfig(
     d_model=512, n_heads=4, n_layers=4, d_mlp=1024, n_features=1536, n_tokens=38_984, n_organs=25, n_technologies=5
@@ -53,7 +55,7 @@ class InputEncoder(nn.Module):
 
     def gene_rows(self, values: Tensor, token_ids: Tensor) -> Tensor:
         """Embedded token rows [R, d]: values [R, P] in the columns of the tokens [P], 0 elsewhere."""
-        return F.linear(values, self.gene_embed.weight[:, token_ids])
+        return values @ self.gene_embed.weight.T[token_ids]
 
     def forward(
         self, features: Tensor, organ: Tensor, technology: Tensor, context: ContextTokens | None = None
@@ -78,9 +80,14 @@ class SpatialAttention(nn.Module):
         self.edge_bias = nn.Sequential(nn.Linear(3, n_heads, bias=False))
 
     @property
+    def norm_and_qkv(self) -> tuple[nn.LayerNorm, nn.Linear]:
+        """The two parts of `layernorm_qkv`."""
+        return cast(nn.LayerNorm, self.layernorm_qkv[0]), cast(nn.Linear, self.layernorm_qkv[1])
+
+    @property
     def distance_weight(self) -> Tensor:
         """[H], what a unit of distance adds to the score."""
-        return self.edge_bias[0].weight[:, 2]
+        return cast(nn.Linear, self.edge_bias[0]).weight[:, 2]
 
     def forward(self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None) -> Tensor:
         q, k, v = (self._heads(part) for part in self.layernorm_qkv(x).chunk(3, dim=-1))  # [H, N, d/H]
@@ -96,7 +103,7 @@ class SpatialAttention(nn.Module):
         return self.W_output(attended)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.n_heads, -1)).transpose(0, 1)
+        return x.reshape(len(x), self.n_heads, -1).transpose(0, 1)
 
 
 class Mlp(nn.Module):
@@ -175,9 +182,19 @@ class STPath(nn.Module):
         x = self.input_encoder(features, organ, technology, context)
         return self.model(x, coords, slide_index)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, in order."""
+        return [cast(Block, block) for block in self.model.blks]
+
+    @property
+    def head(self) -> tuple[nn.LayerNorm, nn.Linear]:
+        """The two parts of `gene_exp_head`."""
+        return cast(nn.LayerNorm, self.gene_exp_head[0]), cast(nn.Linear, self.gene_exp_head[1])
+
     def decode(self, embedding: Tensor, token_ids: Tensor | None = None) -> Tensor:
         """Expression [N, G] of the genes asked for (None: all, without the pad and mask tokens)."""
-        norm, linear = self.gene_exp_head
+        norm, linear = self.head
         if token_ids is None:
             token_ids = torch.arange(FIRST_GENE_TOKEN, self.config.n_tokens, device=embedding.device)
         return F.linear(norm(embedding), linear.weight[token_ids], linear.bias[token_ids])

@@ -53,8 +53,8 @@ class OnnxRuntimeBackend:
             raise InputError(f"unknown device {self.device!r} for ONNX Runtime; give cpu or cuda:N")
         if "CUDAExecutionProvider" not in self._ort.get_available_providers():
             raise InputError(
-                f"device {self.device}: the installed ONNX Runtime runs on the CPU only; run: pip uninstall onnxruntime && "
-                "pip install 'stpath-engine[gpu]', or give device cpu"
+                f"device {self.device}: the installed ONNX Runtime runs on the CPU only; run: pip uninstall "
+                "onnxruntime && pip install 'stpath-engine[gpu]', or give device cpu"
             )
         return "CUDAExecutionProvider", {"device_id": match[1]}
 

@@ -7,13 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import Golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from helpers import Golden, relative_l2
 from stpath_runtime.manifest import ModelConfig
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.literal import literal_bias, literal_forward
-from stpath_train.model import ContextTokens, STPath, distance_bias
+from stpath_train.model import ContextTokens, SpatialAttention, STPath, distance_bias
 
 
 def golden_inputs(golden: Golden) -> dict:
@@ -31,10 +32,6 @@ def golden_inputs(golden: Golden) -> dict:
         "context": context,
         "slide_index": torch.from_numpy(a["slide_index"]),
     }
-
-
-def relative_l2(found, exact) -> float:
-    return float(np.linalg.norm(np.asarray(found) - np.asarray(exact)) / np.linalg.norm(np.asarray(exact)))
 
 
 def test_reference_gives_the_published_outputs(golden):
@@ -114,9 +111,7 @@ def test_collapsed_gradients_equal_those_of_the_literal_formula(case):
 
 def test_frame_averaging_leaves_weight_times_distance():
     rng = np.random.default_rng(0)
-    attention = seeded_checkpoint(
-        ModelConfig(d_model=8, n_heads=2, n_layers=1, d_mlp=8, n_features=3, n_tokens=5, n_organs=25, n_technologies=5), 0
-    ).model.blks[0].attn.double()  # fmt: skip
+    attention = SpatialAttention(d_model=8, n_heads=2).double().requires_grad_(False)
     attention.edge_bias[0].weight.data[:, :2] = 1e3  # the weights of the frame coordinates do not matter
     coords = torch.from_numpy(rng.random((50, 2)) * 100)
     collapsed = distance_bias(attention.distance_weight, coords, coords)

@@ -1,0 +1,146 @@
+"""The published inference class, on an engine: published scripts run with this one import changed.
+
+>>> from stpath_runtime.compat import STPathInference
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .context import Context
+from .engine import Engine
+from .errors import InputError, InputWarning
+from .manifest import sha256
+from .slide import Slide
+from .vocabulary import GeneVocabulary
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# The published alignment, by exact spelling, where it differs from this package's.
+_PUBLISHED_ORGANS = {"Ovary": "Others"}
+
+
+class STPathInference:
+    """The published class's constructor and call, without its faults.
+
+    Unlike the published one it takes any number type, leaves the caller's arrays as they are, runs slides of one row
+    or column, resolves several names of one gene by the maximum, and raises on an unknown gene, organ or technology.
+
+    Parameters
+    ----------
+    gene_voc_path
+        symbol2ensembl.json; None means the engine's or STPath's published vocabulary.
+    model_weight_path
+        A checkpoint, which is exported once into a folder beside it (this needs the extra `export`), or an engine.
+    device
+        "cpu", "cuda:N" or the N of a GPU. Where ONNX Runtime for GPUs is not installed, a number runs on the CPU with
+        a warning (the published default is 0); "cuda:N" raises.
+
+    Raises
+    ------
+    InputError
+        If a file is at fault, or the export fails.
+    """
+
+    def __init__(self, gene_voc_path: str | Path | None, model_weight_path: str | Path, device: int | str = 0) -> None:
+        path = Path(model_weight_path)
+        genes = Path(gene_voc_path) if gene_voc_path is not None else None
+        engine = path if path.is_dir() else _exported_once(path, genes)
+        self.engine = Engine.load(engine, device=_device(device))
+        if genes is not None and GeneVocabulary.read(genes).ensembl_ids != self.engine.vocabulary.ensembl_ids:
+            raise InputError(
+                f"{genes}: other genes than those of the engine {engine}; give the vocabulary it was made with"
+            )
+
+    def inference(
+        self,
+        coords: npt.NDArray[Any],
+        img_features: npt.NDArray[Any],
+        context_ids: npt.NDArray[Any] | None = None,
+        context_gene_exps: Any = None,
+        context_gene_names: Sequence[str] | None = None,
+        organ_type: str | None = None,
+        tech_type: str | None = None,
+        save_gene_names: Sequence[str] | None = None,
+    ) -> AnnData:
+        """Predict a slide.
+
+        Parameters
+        ----------
+        coords
+            [N, 2].
+        img_features
+            [N, F].
+        context_ids, context_gene_exps, context_gene_names
+            Positions [C], raw counts [C, P] and gene names [P] of context spots; all three or none.
+        organ_type, tech_type
+            Names; None means Others and unknown.
+        save_gene_names
+            Genes to return; None means all, named by Ensembl id.
+
+        Returns
+        -------
+        AnnData of N spots: X, log1p of raw counts; var_names the genes; `obsm["coordinates"]` the normalised ones.
+        """
+        organ = _PUBLISHED_ORGANS.get(organ_type, organ_type) if organ_type is not None else None
+        slide = Slide(coords, img_features, organ=organ, technology=tech_type)
+        context = None
+        if context_gene_exps is not None:
+            if context_ids is None or context_gene_names is None:
+                raise InputError("context_gene_exps needs context_ids and context_gene_names beside it")
+            context = Context(np.asarray(context_ids), context_gene_exps, context_gene_names)
+        adata = self.engine.predict(slide, genes=save_gene_names, context=context)
+        if save_gene_names is None:
+            adata.var_names = adata.var["gene_ids"].astype(object).to_numpy()
+        adata.obsm["coordinates"] = slide.normalized_coords()
+        return adata
+
+
+def _exported_once(checkpoint: Path, genes: Path | None) -> Path:
+    """The engine of a checkpoint, in a folder beside it that its hash and the vocabulary's name."""
+    for path in (checkpoint, genes):
+        if path is not None and not path.is_file():
+            raise InputError(f"{path}: no such file")
+    sources = sha256(checkpoint) + (sha256(genes) if genes is not None else "")
+    engine = checkpoint.with_name(f"{checkpoint.name}.engine-{hashlib.sha256(sources.encode()).hexdigest()[:16]}")
+    if engine.is_dir():
+        return engine
+    # A process of its own: this package never imports torch.
+    command = [sys.executable, "-m", "stpath_runtime", "export", str(checkpoint), "--out", str(engine)]
+    command += ["--genes", str(genes)] if genes is not None else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and not engine.is_dir():  # another process may have exported it meanwhile
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise InputError(f"{checkpoint}: the export failed: {lines[-1].removeprefix('error: ')}")
+    return engine
+
+
+def _device(device: int | str) -> str:
+    if isinstance(device, str) and not device.isdigit():
+        return device
+    name = f"cuda:{device}"
+    try:
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+    except ImportError:
+        return name  # loading the engine says what to install
+    if "CUDAExecutionProvider" in providers:
+        return name
+    warnings.warn(
+        f"device {device}: ONNX Runtime for GPUs is not installed, this runs on the CPU; give device='cpu' to say "
+        "so, or install stpath-engine[gpu]",
+        InputWarning,
+        stacklevel=3,
+    )
+    return "cpu"

@@ -1,0 +1,120 @@
+"""Golden cases, small models and small files that the tests share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+from stpath_runtime.context import Context
+from stpath_runtime.manifest import ModelConfig
+from stpath_runtime.slide import Slide
+from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
+from stpath_train.checkpoint import seeded_checkpoint
+from stpath_train.model import STPath
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_CASES = ("tiny_masked", "tiny_context", "tiny_batch", "full_masked", "full_context")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden case: the model and inputs by its recipe, and what the published code gave."""
+
+    name: str
+    model: STPath
+    features: np.ndarray
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def vocabulary(self) -> GeneVocabulary:
+        return made_up_vocabulary(self.model.config.n_tokens)
+
+    @property
+    def genes(self) -> list[str]:
+        """Names of the genes of the prediction (the pad and mask columns have none)."""
+        return self.vocabulary.names(self.gene_tokens)
+
+    @property
+    def gene_tokens(self) -> np.ndarray:
+        tokens = self.arrays["output_token_ids"]
+        return tokens[tokens >= 2]
+
+    @property
+    def prediction(self) -> np.ndarray:
+        return self.arrays["prediction"][:, self.arrays["output_token_ids"] >= 2]
+
+    def slides(self) -> list[tuple[np.ndarray, Slide, Context | None]]:
+        """Each slide of the case: its spots in the case, itself, and its context."""
+        a = self.arrays
+        found = []
+        for index in np.unique(a["slide_index"]):
+            spots = np.flatnonzero(a["slide_index"] == index)
+            barcodes = [f"{self.name}-{i}" for i in spots]
+            organ = ORGANS[int(a["organ_id"])]
+            technology = TECHNOLOGIES[int(a["tech_id"])] if a["tech_id"] else None
+            slide = Slide(a["coords"][spots], self.features[spots], barcodes, organ, technology, f"{self.name}_{index}")
+            context = None
+            if "context_ids" in a:
+                rows = np.isin(a["context_ids"], spots)
+                names = self.vocabulary.names(a["context_gene_ids"])
+                ids = [f"{self.name}-{i}" for i in a["context_ids"][rows]]
+                context = Context(ids, a["context_counts"][rows], names)
+            found.append((spots, slide, context))
+        return found
+
+
+def made_up_vocabulary(n_tokens: int) -> GeneVocabulary:
+    genes = range(n_tokens - 2)
+    return GeneVocabulary([f"ENSG{i:011d}" for i in genes], [f"GENE{i}" for i in genes], [[f"ALIAS{i}"] for i in genes])
+
+
+def write_symbol_table(vocabulary: GeneVocabulary, path: Path) -> Path:
+    """The vocabulary as a symbol2ensembl.json, aliases included."""
+    genes = zip(vocabulary.symbols, vocabulary.aliases, vocabulary.ensembl_ids, strict=True)
+    path.write_text(json.dumps({name: gene for symbol, aliases, gene in genes for name in (symbol, *aliases)}))
+    return path
+
+
+def load_golden(name: str) -> Golden:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = dict(file)
+    sizes = json.loads(str(arrays["config"]))
+    config = ModelConfig(
+        d_model=sizes["d_model"],
+        n_heads=sizes["n_heads"],
+        n_layers=sizes["n_layers"],
+        d_mlp=int(sizes["d_model"] * sizes["mlp_ratio"]),
+        n_features=sizes["feature_dim"],
+        n_tokens=sizes["n_genes"],
+        n_organs=25,
+        n_technologies=5,
+    )
+    rng = np.random.RandomState(int(arrays["feature_seed"]))
+    features = rng.standard_normal((len(arrays["coords"]), sizes["feature_dim"])).astype(np.float32)
+    return Golden(name, seeded_checkpoint(config, int(arrays["weight_seed"])), features, arrays)
+
+
+def relative_l2(found, exact) -> float:
+    found, exact = np.asarray(found, np.float64), np.asarray(exact, np.float64)
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
+def write_slide(slide: Slide, path: Path) -> Path:
+    """The slide as a features file of HEST."""
+    with h5py.File(path, "w") as file:
+        file["embeddings"], file["coords"] = slide.features, slide.coords
+        file["barcodes"] = np.array([[barcode.encode()] for barcode in slide.barcodes])
+    return path
+
+
+def write_context(context: Context, path: Path) -> Path:
+    """The context as an h5ad of raw counts."""
+    obs, var = (pd.DataFrame(index=pd.Index(list(names), dtype=object)) for names in (context.ids, context.genes))
+    AnnData(X=np.asarray(context.counts, np.float32), obs=obs, var=var).write_h5ad(path)
+    return path

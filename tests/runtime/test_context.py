@@ -1,0 +1,75 @@
+"""Measured spots: checks, and several names of one gene."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import sparse
+
+from helpers import made_up_vocabulary
+from stpath_runtime import Context, InputError, Slide
+from stpath_runtime.errors import InputWarning
+
+GENES = made_up_vocabulary(12)
+SLIDE = Slide(np.arange(12).reshape(6, 2), np.ones((6, 3), np.float32), [f"spot{i}" for i in range(6)], name="s1")
+
+
+@given(
+    hnp.arrays(np.int64, st.tuples(st.integers(1, 6), st.integers(1, 12)), elements=st.integers(0, 50)),
+    st.randoms(use_true_random=False),
+)
+def test_names_of_one_gene_are_resolved_by_the_maximum(counts, random):
+    genes = [random.randrange(10) for _ in range(counts.shape[1])]
+    names = [random.choice([f"GENE{g}", f"ALIAS{g}", f"ENSG{g:011d}", f"ENSG{g:011d}.3"]) for g in genes]
+    spots = list(range(len(counts)))
+    expected = np.zeros((len(counts), 12))
+    for column, gene in enumerate(genes):
+        expected[:, gene + 2] = np.maximum(expected[:, gene + 2], np.log1p(counts[:, column]))
+    for matrix in (counts, sparse.csr_matrix(counts), sparse.csc_matrix(counts), counts.astype(np.float32)):
+        rows = Context(spots, matrix, names).resolve(SLIDE, GENES)
+        found = np.zeros((len(counts), 12))
+        found[:, rows.tokens] = rows.log_counts.toarray()
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert len(set(rows.tokens)) == len(rows.tokens)
+
+
+def test_spots_by_barcode_and_by_position_are_the_same():
+    counts = np.array([[1, 2], [3, 4]])
+    by_name = Context(["spot4", b"spot1"], counts, ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
+    by_position = Context(np.array([4, 1]), counts, ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
+    assert by_name.spots.tolist() == by_position.spots.tolist() == [4, 1]
+
+
+def test_unknown_genes_of_a_context_are_left_out_with_a_warning():
+    with pytest.warns(InputWarning, match="1 of 3 genes"):
+        rows = Context([0], np.array([[1, 2, 3]]), ["GENE0", "MT-XYZ", "GENE3"]).resolve(SLIDE, GENES)
+    assert rows.tokens.tolist() == [2, 5]
+
+
+def test_counts_that_look_log_transformed_warn():
+    with pytest.warns(InputWarning, match="no whole numbers"):
+        Context([0], np.log1p([[1.0, 2.0]]), ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts", "genes", "message"),
+    [
+        ([0, 1], [[1.0]], ["GENE0"], r"\[1, 1\]; expected \[2 spots, 1 genes\]"),
+        ([0], [[1.0, 2.0]], ["GENE0"], "expected"),
+        (["spot9", "spot1"], [[1.0], [2.0]], ["GENE0"], "1 of 2 barcodes are not in the slide, the first is 'spot9'"),
+        ([6], [[1.0]], ["GENE0"], "spot 6 is not in 0..5"),
+        ([-1], [[1.0]], ["GENE0"], "spot -1"),
+        ([1, 1], [[1.0], [2.0]], ["GENE0"], "twice"),
+        ([1, "spot2"], [[1.0], [2.0]], ["GENE0"], "all barcodes or all integer"),
+        ([True, False], [[1.0], [2.0]], ["GENE0"], "all barcodes or all integer"),
+        ([0], [[-1.0]], ["GENE0"], "negative"),
+        ([0], [[np.nan]], ["GENE0"], "NaN"),
+        ([0], [[1.0]], ["FOO"], "none of its 1 genes"),
+    ],
+)
+def test_a_faulty_context_is_refused(ids, counts, genes, message):
+    with pytest.raises(InputError, match=message):
+        Context(ids, np.array(counts), genes).resolve(SLIDE, GENES)

@@ -1,0 +1,210 @@
+"""Engines through the API: the published numbers, what comes out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from helpers import relative_l2
+from stpath_runtime import Context, Engine, InputError, Slide, encoder
+from stpath_runtime.errors import InputWarning
+
+FP32_BAR = 1e-5
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine) -> Engine:
+    return Engine.load(tiny_engine)
+
+
+@pytest.fixture(scope="module")
+def slide(tiny) -> Slide:
+    return tiny.slides()[0][1]
+
+
+@pytest.fixture
+def engine_copy(tiny_engine, tmp_path):
+    return shutil.copytree(tiny_engine, tmp_path / "engine")
+
+
+def test_engine_gives_the_published_outputs(golden, golden_engine):
+    engine = Engine.load(golden_engine)
+    embedding, expression = np.empty_like(golden.arrays["embedding"]), np.empty_like(golden.prediction)
+    for spots, slide, context in golden.slides():
+        embedding[spots] = engine.embed(slide, context=context)
+        expression[spots] = engine.predict(slide, genes=golden.genes, context=context).X
+    assert relative_l2(embedding, golden.arrays["embedding"]) <= FP32_BAR
+    assert relative_l2(expression, golden.prediction) <= FP32_BAR
+    for found, exact in zip(expression.T, golden.prediction.T, strict=True):
+        assert np.corrcoef(found, exact)[0, 1] >= 0.99999
+
+
+@pytest.mark.parametrize("tile", [1, 7, 16, 61, 1000])
+def test_result_does_not_depend_on_the_tile(engine, tiny, tile):
+    _, slide, context = tiny.slides()[0]
+    rows = context.resolve(slide, engine.vocabulary)
+    model, precision = engine.manifest.model, engine.manifest.precision
+    tiled = encoder.encode(engine.backend, model, precision, slide, rows, tile=tile)
+    assert relative_l2(tiled, engine.embed(slide, context=context)) <= 1e-6
+
+
+def test_progress_counts_up_to_the_whole(engine, slide, monkeypatch):
+    monkeypatch.setattr(encoder, "TILE_BYTES", 4096)
+    seen = []
+    engine.embed(slide, on_tile=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert len(seen) > 4
+    assert seen[-1][0] == seen[-1][1]
+    seen.clear()
+    engine.decode(np.zeros((100, 64), np.float32), on_tile=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (100 * 200, 100 * 200)
+
+
+def test_head_decodes_the_genes_asked_for_in_tiles(engine, slide, monkeypatch):
+    embedding = engine.embed(slide)
+    everything = engine.decode(embedding)
+    assert everything.shape == (len(slide), 200)
+    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 7)
+    monkeypatch.setattr(encoder, "TILE_BYTES", 200)
+    names = ["GENE5", "ALIAS3", "ENSG00000000199.2", "GENE0"] + [f"GENE{i}" for i in range(10, 30)]
+    panel = engine.decode(embedding, names)
+    columns = [5, 3, 199, 0, *range(10, 30)]
+    np.testing.assert_allclose(panel, everything[:, columns], rtol=1e-5, atol=1e-5)
+
+
+def test_prediction_keeps_the_conventions(engine, tiny):
+    _, slide, context = tiny.slides()[0]
+    adata = engine.predict(slide, genes=["GENE3", "ALIAS7"], context=context, embeddings=True)
+    assert adata.X.dtype == np.float32
+    assert list(adata.obs_names) == slide.barcodes
+    assert list(adata.var_names) == ["GENE3", "ALIAS7"]
+    assert list(adata.var["gene_ids"]) == ["ENSG00000000003", "ENSG00000000007"]
+    np.testing.assert_array_equal(adata.obsm["spatial"], slide.coords)
+    assert adata.obsm["spatial"].dtype == slide.coords.dtype
+    assert adata.obsm["stpath_embedding"].shape == (61, 64)
+    facts = adata.uns["stpath"]
+    assert len(facts["engine"]) == 64
+    assert (facts["attention"], facts["precision"], facts["units"]) == ("global", "fp32", "log1p raw counts")
+    assert (facts["organ"], facts["technology"]) == ("Brain", "")
+    everything = engine.predict(slide)
+    assert everything.shape == (61, 200)
+    assert everything.var_names[0] == "GENE0"
+
+
+def test_inputs_are_left_as_they_are(engine, tiny):
+    _, slide, context = tiny.slides()[0]
+    before = [np.array(a, copy=True) for a in (slide.coords, slide.features, context.counts)]
+    adata = engine.predict(slide, genes=["GENE1"], context=context)
+    adata.obsm["spatial"][:] = -1
+    for a, b in zip((slide.coords, slide.features, context.counts), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("coords", [[[5, 5]], [[0, 7], [10, 7], [20, 7]], [[3, 0], [3, 10]], [[1, 1], [1, 1]]])
+def test_one_spot_row_or_column_works(engine, coords):
+    slide = Slide(np.array(coords), np.ones((len(coords), 96), np.float32))
+    assert np.isfinite(engine.predict(slide).X).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    coords_dtype=st.sampled_from([np.int32, np.int64, np.float32, np.float64]),
+    seed=st.integers(0, 99),
+)
+def test_types_of_features_and_coordinates_do_not_matter(tiny_engine, dtype, coords_dtype, seed):
+    engine = Engine.load(tiny_engine)
+    rng = np.random.default_rng(seed)
+    features = rng.integers(-4, 5, (9, 96)) / 4  # exact in float16
+    coords = rng.integers(0, 1000, (9, 2))
+    expected = engine.embed(Slide(coords, features.astype(np.float32)))
+    found = engine.embed(Slide(coords.astype(coords_dtype), features.astype(dtype)))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_sparse_context_equals_dense(engine, tiny):
+    _, slide, context = tiny.slides()[0]
+    thin = Context(context.ids, sparse.csr_matrix(context.counts), context.genes)
+    np.testing.assert_array_equal(engine.embed(slide, context=thin), engine.embed(slide, context=context))
+
+
+def test_context_without_spots_is_no_context(engine, slide):
+    nothing = Context([], np.zeros((0, 1)), ["GENE0"])
+    np.testing.assert_array_equal(engine.embed(slide, context=nothing), engine.embed(slide))
+
+
+def test_a_gene_asked_for_twice_is_given_once(engine, slide):
+    with pytest.warns(InputWarning, match="twice"):
+        assert list(engine.predict(slide, genes=["GENE1", "GENE2", "GENE1"]).var_names) == ["GENE1", "GENE2"]
+
+
+def test_bad_calls_are_refused(engine, slide):
+    with pytest.raises(InputError, match="unknown gene: 'GENE77777' .did you mean GENE"):
+        engine.predict(slide, genes=["GENE1", "GENE77777"])
+    with pytest.raises(InputError, match="no gene"):
+        engine.predict(slide, genes=[])
+    with pytest.raises(InputError, match="features are 3 wide; the engine expects 96"):
+        engine.predict(Slide(np.ones((2, 2)), np.ones((2, 3), np.float32)))
+    with pytest.raises(InputError, match=r"\[2, 3\]; this engine's is \[N, 64\]"):
+        engine.decode(np.ones((2, 3)))
+
+
+def test_backends_and_devices_that_are_not_there_are_refused(tiny_engine):
+    with pytest.raises(InputError, match="unknown backend 'tflite'"):
+        Engine.load(tiny_engine, backend="tflite")
+    with pytest.raises(InputError, match=r"stpath-engine\[gpu\]"):
+        Engine.load(tiny_engine, device="cuda:0")
+    with pytest.raises(InputError, match="unknown device 'gpu'"):
+        Engine.load(tiny_engine, device="gpu")
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(tiny_engine, monkeypatch):
+    import onnxruntime
+
+    # As onnxruntime-gpu on a machine without a GPU: CUDA is listed, and the session runs on the CPU.
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    real = onnxruntime.InferenceSession
+    fallen_back = lambda path, options, providers: real(path, providers=["CPUExecutionProvider"])  # noqa: E731
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fallen_back)
+    with pytest.raises(InputError, match="CUDAExecutionProvider did not start"):
+        Engine.load(tiny_engine, device="cuda:0").decode(np.ones((1, 64)))
+
+
+def test_no_engine(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        Engine.load(tmp_path / "missing")
+    with pytest.raises(InputError, match="holds no engine.json"):
+        Engine.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "block_1.onnx", "genes.tsv.gz"])
+def test_an_altered_truncated_or_missing_file_is_refused(engine_copy, name):
+    path = engine_copy / name
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:50] + bytes([whole[50] ^ 1]) + whole[51:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=f"{name}: truncated or altered"):
+            Engine.load(engine_copy)
+    path.unlink()
+    with pytest.raises(InputError, match=f"{name}: missing"):
+        Engine.load(engine_copy)
+
+
+def test_a_newer_schema_is_refused(engine_copy):
+    path = engine_copy / "engine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99, "sharding": "new"}))
+    with pytest.raises(InputError, match="schema 99 is newer"):
+        Engine.load(engine_copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": 1}', '{"schema": "1"}', "null"])
+def test_a_damaged_manifest_is_refused(engine_copy, text):
+    (engine_copy / "engine.json").write_text(text)
+    with pytest.raises(InputError, match="damaged engine manifest"):
+        Engine.load(engine_copy)
