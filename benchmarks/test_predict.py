@@ -1,0 +1,87 @@
+"""Global attention, 50 genes: the engine against the published formula taken literally, and its memory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from stpath_export.proof import random_slide, relative_l2
+from stpath_runtime import Engine
+from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_train.inputs import slide_inputs
+from stpath_train.literal import literal_forward
+
+GENES = list(GeneVocabulary.published().ensembl_ids[:50])
+ROUNDS = 5
+
+# Peak memory of a prediction in a process of its own, above what the features take.
+PEAK = """
+import json, re, sys
+from stpath_runtime import Engine, Slide
+import numpy as np
+engine = Engine.load(sys.argv[1])
+spots = int(sys.argv[2])
+rng = np.random.default_rng(0)
+slide = Slide(rng.random((spots, 2)), rng.standard_normal((spots, 1536), np.float32))
+engine.predict(slide, genes=engine.vocabulary.ensembl_ids[:50])
+# Not ru_maxrss: a child's starts at what its parent held when it forked.
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+print(json.dumps(peak - slide.features.nbytes))
+"""
+
+
+def test_speed_at_3000_spots(benchmark, model, engine_path, report):
+    """Interleaved: the literal formula runs before each round of the engine."""
+    engine = Engine.load(engine_path)
+    slide = random_slide(3000, 1536, 0)
+    inputs = slide_inputs(slide, engine.vocabulary)
+    literal_seconds, literal_out = [], []
+
+    def literal():
+        start = time.perf_counter()
+        with torch.inference_mode():
+            expression = literal_forward(model, **inputs)[1][:, 2:52]
+        literal_seconds.append(time.perf_counter() - start)
+        literal_out.append(expression.numpy())
+
+    def predict():
+        return engine.decode(engine.embed(slide), GENES)
+
+    predict()  # sessions are loaded on the first call
+    found = benchmark.pedantic(predict, setup=literal, rounds=ROUNDS)
+    engine_seconds = benchmark.stats.stats.data
+    ratios = [a / b for a, b in zip(literal_seconds, engine_seconds, strict=True)]
+    benchmark.extra_info.update(literal_seconds=literal_seconds, ratios=ratios)
+    error = relative_l2(found, literal_out[-1])
+    report(
+        "3,000 spots, 50 genes, fp32: literal formula / engine",
+        f"{statistics.median(literal_seconds):.2f} s / {statistics.median(engine_seconds):.2f} s = "
+        f"{statistics.median(ratios):.1f}x (pairs {min(ratios):.1f} to {max(ratios):.1f}); "
+        f"relative difference {error:.1e}",
+        "10x",
+    )
+
+
+def test_memory_at_5000_spots(engine_path, report):
+    command = [sys.executable, "-c", PEAK, str(engine_path), "5000"]
+    peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    report("5,000 spots, 50 genes, fp32: peak memory of the process above the features", f"{peak / 1e9:.2f} GB", "2 GB")
+
+
+def test_start(report):
+    for what, words in {
+        "import stpath_runtime": ["-c", "import stpath_runtime"],
+        "stpath --help": ["-m", "stpath_runtime", "--help"],
+    }.items():
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *words], capture_output=True, check=True)
+            seconds.append(time.perf_counter() - start)
+        spread = f"{min(seconds):.2f} to {max(seconds):.2f}"
+        report(what, f"{statistics.median(seconds):.2f} s (7 runs, {spread})", "0.5 s")
