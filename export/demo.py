@@ -13,7 +13,7 @@ from rich.table import Table
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import InputError, ParityError
 from stpath_runtime.output import write_h5ad
-from stpath_runtime.plot import plot_genes
+from stpath_runtime.plot import plot_genes, require_matplotlib
 from stpath_runtime.progress import progress_bar
 from stpath_runtime.readers import read_slide
 from stpath_runtime.sample import load_sample, simulate_features, write_features
@@ -35,6 +35,7 @@ NOTE = "random weights, simulated features: shows the path, not biology"
 
 def run_demo(out: Path) -> None:
     """Write the sample slide, export or load the demo engine, predict, verify, plot; print what it took."""
+    require_matplotlib()  # before the work, not after it
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     seconds: dict[str, float] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,12 @@ COLUMNS = 4  # panels in a row
 PANEL_INCHES = 3.2
 DOTS_PER_INCH = 110
 UNITS = "log1p counts"
+
+
+def require_matplotlib() -> None:
+    """Raise InputError, with what to install, where matplotlib is not."""
+    if find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib; run: pip install 'stpath-engine[plot]'")
 
 
 def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = "") -> None:
@@ -55,10 +62,8 @@ def draw_maps(
     coords: npt.NDArray[Any], values: Mapping[str, npt.NDArray[Any]], path: Path, title: str = "", units: str = UNITS
 ) -> None:
     """Draw one map a value, all on the same spots [N, 2], and write them as PNG; y grows downwards, as in the slide."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("plots need matplotlib; run: pip install 'stpath-engine[plot]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
 
     span = np.maximum(np.ptp(coords.astype(float), axis=0), 1e-9)
     aspect = float(np.clip(span[1] / span[0], 0.4, 2.5))  # height over width of a panel

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
@@ -14,6 +16,8 @@ from scipy import sparse
 from helpers import relative_l2
 from stpath_runtime import Context, Engine, InputError, Slide, encoder
 from stpath_runtime.errors import InputWarning
+from stpath_train.inputs import slide_inputs
+from stpath_train.literal import literal_forward
 
 FP32_BAR = 1e-5
 
@@ -43,6 +47,30 @@ def test_engine_gives_the_published_outputs(golden, golden_engine):
     assert relative_l2(expression, golden.prediction) <= FP32_BAR
     for found, exact in zip(expression.T, golden.prediction.T, strict=True):
         assert np.corrcoef(found, exact)[0, 1] >= 0.99999
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    spots=st.integers(1, 80),
+    context=st.integers(0, 10),
+    organ=st.sampled_from([None, "Brain", "Lymph node"]),
+    technology=st.sampled_from([None, "Visium HD"]),
+    seed=st.integers(0, 2**16),
+)
+def test_engine_equals_the_literal_formula(tiny, tiny_engine, spots, context, organ, technology, seed):
+    rng = np.random.default_rng(seed)
+    coords, features = rng.integers(0, 5000, (spots, 2)), rng.standard_normal((spots, 96))
+    slide = Slide(coords, features, organ=organ, technology=technology)
+    measured = None
+    if context:
+        ids = rng.choice(spots, min(context, spots), replace=False)
+        measured = Context(ids, rng.poisson(3, (len(ids), 4)), ["GENE3", "GENE8", "GENE90", "ALIAS8"])
+    engine = Engine.load(tiny_engine)
+    inputs = slide_inputs(slide, engine.vocabulary, measured, torch.float64)
+    embedding, expression = literal_forward(copy.deepcopy(tiny.model).double(), **inputs)
+    adata = engine.predict(slide, context=measured, embeddings=True)
+    assert relative_l2(adata.obsm["stpath_embedding"], embedding) <= FP32_BAR
+    assert relative_l2(adata.X, expression[:, 2:]) <= FP32_BAR
 
 
 @pytest.mark.parametrize("tile", [1, 7, 16, 61, 1000])
