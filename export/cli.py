@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 
 from stpath_runtime.errors import InputError
 from stpath_runtime.progress import progress_bar
+
+LIBRARIES = ("torch", "torch_geometric", "onnx", "onnxscript", "safetensors")
 
 
 class Precision(StrEnum):
@@ -29,7 +32,7 @@ def export(
     precision: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FP32,
 ) -> None:
     """Export a checkpoint as an engine, and prove its parity before it is published."""
-    _require_torch()
+    require_torch()
     from .exporter import export_engine
 
     with progress_bar(f"export {checkpoint.name}") as on_step:
@@ -46,7 +49,7 @@ def verify(
     slide: Annotated[Path | None, typer.Option(metavar="FILE", help="A features file to compare on, too.")] = None,
 ) -> None:
     """Repeat the proof of parity for an engine that exists."""
-    _require_torch()
+    require_torch()
     from rich.console import Console
 
     from stpath_runtime.info import print_parity
@@ -80,9 +83,7 @@ def demo(
     run_demo(out)
 
 
-def _require_torch() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("torch", "onnx", "onnxscript", "safetensors") if find_spec(name) is None]
-    if missing:
+def require_torch() -> None:
+    """Raise InputError, with what to install, where a library of the exporter is not."""
+    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
         raise InputError(f"this command needs {', '.join(missing)}; run: pip install 'stpath-engine[export]'")

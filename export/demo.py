@@ -11,13 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from stpath_runtime.engine import Engine
-from stpath_runtime.errors import InputError, ParityError
+from stpath_runtime.errors import ParityError
 from stpath_runtime.output import write_h5ad
 from stpath_runtime.plot import plot_genes, require_matplotlib
 from stpath_runtime.progress import progress_bar
 from stpath_runtime.readers import read_slide
 from stpath_runtime.sample import load_sample, simulate_features, write_features
 from stpath_runtime.slide import Slide
+
+from .cli import LIBRARIES, require_torch
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -40,13 +42,10 @@ def run_demo(out: Path) -> None:
     console = Console(highlight=False)
     seconds: dict[str, float] = {}
     features, checkpoint, engine_path = out / "sample_slide.h5", out / "checkpoint.safetensors", out / "engine"
-    has_torch = all(find_spec(name) is not None for name in ("torch", "onnx", "onnxscript", "safetensors"))
+    has_torch = all(find_spec(name) is not None for name in LIBRARIES)
 
     if not engine_path.exists():
-        if not has_torch:
-            raise InputError(
-                f"{engine_path}: no demo engine yet, and no torch to export it; pip install 'stpath-engine[export]'"
-            )
+        require_torch()
         start = time.perf_counter()
         _export(checkpoint, engine_path)
         seconds["export and proof"] = time.perf_counter() - start

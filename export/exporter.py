@@ -138,7 +138,6 @@ def write_engine(
     manifest = Manifest(
         schema=SCHEMA,
         model=config,
-        attention="global",
         precision=precision,
         opset=OPSET,
         encoder=ENCODERS.get(config.n_features, "the encoder that the model was trained on"),
@@ -166,7 +165,6 @@ def published_whole(out: Path) -> Iterator[Path]:
 
 
 def _write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
-    dims = {size: torch.export.Dim(size) for axes in graph.dynamic.values() for size in axes.values()}
     with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
         warnings.simplefilter("ignore")  # notes of the exporter about itself
         program = torch.onnx.export(
@@ -176,9 +174,7 @@ def _write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
             opset_version=OPSET,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=tuple(
-                {axis: dims[size] for axis, size in graph.dynamic[name].items()} for name in graph.inputs
-            ),
+            dynamic_shapes=tuple(graph.sizes.values()),
             verbose=False,
         )
     assert program is not None

@@ -31,6 +31,7 @@ SPOTS = (1, 2, 37, 500)
 SMALL_TILE = 16  # cuts all but the smallest slides into many tiles
 FUSED_SPOTS = 1_000  # the fused graph holds all scores at once: it is proven on slides up to this size
 PANEL = 50
+KNN = 8
 
 # An error at the bar of L2 alone lowers a gene's Pearson r by (error / spread)^2 / 2. Where a gene's spread over the
 # spots is so small that this breaks the bar of Pearson, its r tells rounding, not parity.
@@ -82,7 +83,8 @@ def random_slide(
 def prove(directory: Path, model: STPath, slides: Sequence[Slide] = ()) -> Report:
     """Hold an engine to the float64 reference on the grid and on further slides.
 
-    Every case runs by the stages, by the stages in small tiles, and by the fused graph (up to 1,000 spots).
+    Every case runs by the stages, by the stages in small tiles, and by the fused graph (up to 1,000 spots); with global
+    attention, and those of a panel with kNN attention, too.
 
     Parameters
     ----------
@@ -100,10 +102,11 @@ def prove(directory: Path, model: STPath, slides: Sequence[Slide] = ()) -> Repor
     exact_model = copy.deepcopy(model).to(torch.float64)
     low_model = copy.deepcopy(model).to(torch.float16) if engine.manifest.precision == "fp16" else None
     for case in cases:
-        exact = reference(exact_model, case, engine.vocabulary)
-        low = reference(low_model, case, engine.vocabulary) if low_model is not None else None
-        for path, found in _engine_paths(engine, case):
-            rows.append({"case": case.name, "path": path, **compare(found, exact, low)})
+        for neighbors in (None, KNN) if case.genes is not None else (None,):
+            exact = reference(exact_model, case, engine.vocabulary, neighbors)
+            low = reference(low_model, case, engine.vocabulary, neighbors) if low_model is not None else None
+            for path, found in _engine_paths(engine, case, neighbors):
+                rows.append({"case": case.name, "path": path, **compare(found, exact, low)})
     return {
         "passed": all(row["passed"] for row in rows),
         "reference": "float64",
@@ -179,27 +182,34 @@ def compare(
     }
 
 
-def _engine_paths(engine: Engine, case: Case) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
+def _engine_paths(engine: Engine, case: Case, neighbors: int | None) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
     """The ways in which an engine computes a case: name, (embedding, expression)."""
+    attention = "global" if neighbors is None else "knn"
+    keys = engine.keys(case.slide, attention, neighbors)
     backend, model, precision = engine.backend, engine.manifest.model, engine.manifest.precision
     rows = case.context.resolve(case.slide, engine.vocabulary) if case.context is not None else None
     tokens = engine.vocabulary.all_tokens() if case.genes is None else engine.vocabulary.tokens(case.genes)
-    embedding = engine.embed(case.slide, context=case.context)
-    yield "stages", (embedding, engine.decode(embedding, case.genes))
-    if len(case.slide) > SMALL_TILE:
-        embedding = encoder.encode(backend, model, precision, case.slide, rows, tile=SMALL_TILE)
-        yield "stages, small tiles", (embedding, engine.decode(embedding, case.genes))
+    embedding = encoder.encode(backend, model, precision, case.slide, keys, rows)
+    yield f"{attention}, stages", (embedding, engine.decode(embedding, case.genes))
+    small = max(SMALL_TILE, keys.unit)
+    if keys.rows > small:
+        embedding = encoder.encode(backend, model, precision, case.slide, keys, rows, tile=small)
+        yield f"{attention}, stages, small tiles", (embedding, engine.decode(embedding, case.genes))
     if len(case.slide) <= FUSED_SPOTS:
-        embedding, expression = encoder.run_fused(backend, model, precision, case.slide, rows, tokens)
-        yield "fused graph", (embedding, expression)
+        yield f"{attention}, fused graph", encoder.run_fused(backend, model, precision, case.slide, keys, rows, tokens)
 
 
-def reference(model: STPath, case: Case, vocabulary: GeneVocabulary) -> tuple[Floats, Floats]:
-    """Embedding [N, d] and expression [N, G] by PyTorch, computed in the model's type, as float64."""
+def reference(
+    model: STPath, case: Case, vocabulary: GeneVocabulary, neighbors: int | None = None
+) -> tuple[Floats, Floats]:
+    """Embedding [N, d] and expression [N, G] by PyTorch, computed in the model's type, as float64.
+
+    With `neighbors`, by kNN attention as message passing in PyTorch Geometric.
+    """
     dtype = next(model.parameters()).dtype
     tokens = None if case.genes is None else torch.from_numpy(vocabulary.tokens(case.genes))
     with torch.inference_mode():
-        embedding = model.embed(**slide_inputs(case.slide, vocabulary, case.context, dtype))
+        embedding = model.embed(**slide_inputs(case.slide, vocabulary, case.context, dtype, neighbors))
         expression = model.decode(embedding, tokens)
     return embedding.double().numpy(), expression.double().numpy()
 

@@ -1,17 +1,20 @@
 """The stages of an engine as modules, with the weights of a reference model (see `stpath_runtime.encoder`).
 
-Each is exported on its own; `Fused` composes the same modules into one graph of a whole slide.
-T spots in a tile, M keys, F features, d width, G genes, R token rows, P tokens.
+Each is exported on its own; `Fused` and `FusedKnn` compose the same modules into one graph of a whole slide.
+T spots in a tile, M keys, F features, d width, G genes, R token rows, P tokens; b blocks of B rows and K keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stpath_runtime.neighbors import BLOCK
 from stpath_train.model import Block, STPath, distance_bias
 
 
@@ -40,7 +43,7 @@ class Tokens(nn.Module):
         self.embedding = nn.Parameter(model.input_encoder.gene_embed.weight.T.contiguous(), requires_grad=False)
 
     def forward(self, values: Tensor, token_ids: Tensor) -> Tensor:
-        return values @ self.embedding[token_ids]
+        return values @ F.embedding(token_ids, self.embedding)
 
 
 class Embed(nn.Module):
@@ -61,7 +64,7 @@ class Embed(nn.Module):
 
 
 class BlockStage(nn.Module):
-    """x [T, d] and coordinates [T, 2] of a tile; k, v [M, d] and coordinates [M, 2] of the keys -> x, next k and v."""
+    """What both ways to attend share: the query before the attention, and all that comes after it."""
 
     def __init__(self, block: Block, following: Block | None) -> None:
         super().__init__()
@@ -75,15 +78,44 @@ class BlockStage(nn.Module):
         self.mlp = block.mlp
         self.keys_values = KeysValues(following) if following is not None else None
 
-    def forward(self, x: Tensor, coords: Tensor, k: Tensor, v: Tensor, key_coords: Tensor) -> tuple[Tensor, ...]:
-        q = self.query(self.norm(x))
-        bias = distance_bias(self.distance_weight, coords, key_coords).to(x.dtype)  # [H, T, M]
-        attended = torch.onnx.ops.attention(
-            q[None], k[None], v[None], bias[None], q_num_heads=self.n_heads, kv_num_heads=self.n_heads
-        )[0][0]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """Attention of q [b, T, d] to k, v [b, M, d] with a bias [b, H, T, M], [b, T, d]."""
+        heads = self.n_heads
+        attended, *_ = torch.onnx.ops.attention(q, k, v, bias.to(q.dtype), q_num_heads=heads, kv_num_heads=heads)
+        return attended
+
+    def finish(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+        """x, and k and v for the next block, from x and its attention [T, d]."""
         x = x + self.output(attended)
         x = x + self.mlp(x)
         return (x, *self.keys_values(x)) if self.keys_values is not None else (x,)
+
+
+class GlobalBlock(BlockStage):
+    """x [T, d] and coordinates [T, 2] of a tile; k, v [M, d] and coordinates [M, 2] of all -> x, next k and v."""
+
+    def forward(self, x: Tensor, coords: Tensor, k: Tensor, v: Tensor, key_coords: Tensor) -> tuple[Tensor, ...]:
+        q = self.query(self.norm(x))
+        bias = distance_bias(self.distance_weight, coords, key_coords)  # [H, T, M]
+        return self.finish(x, self.attend(q[None], k[None], v[None], bias[None])[0])
+
+
+class KnnBlock(BlockStage):
+    """The same for a tile of b blocks (T = b * B): a block's keys are picked from the tile's, others are masked.
+
+    k, v, coordinates [U, ...] of the keys that the tile names; key_index [b, K] into them; mask [b, B, K].
+    """
+
+    def forward(
+        self, x: Tensor, coords: Tensor, k: Tensor, v: Tensor, key_coords: Tensor, key_index: Tensor, mask: Tensor
+    ) -> tuple[Tensor, ...]:
+        q = self.query(self.norm(x)).view(-1, BLOCK, x.shape[1])  # [b, B, d]
+        coords, key_coords = coords.view(-1, BLOCK, 2), F.embedding(key_index, key_coords)  # [b, B, 2], [b, K, 2]
+        bias = distance_bias(self.distance_weight, coords, key_coords)  # [b, H, B, K]
+        # Half of the lowest number: a score added to it does not overflow.
+        bias = torch.where(mask[:, None], bias, torch.finfo(x.dtype).min / 2)
+        attended = self.attend(q, F.embedding(key_index, k), F.embedding(key_index, v), bias)
+        return self.finish(x, attended.view(-1, x.shape[1]))
 
 
 class Head(nn.Module):
@@ -95,13 +127,14 @@ class Head(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, embedding: Tensor, token_ids: Tensor) -> Tensor:
-        return F.linear(self.norm(embedding), self.weight[token_ids], self.bias[token_ids]).float()
+        weight, bias = F.embedding(token_ids, self.weight), torch.index_select(self.bias, 0, token_ids)
+        return F.linear(self.norm(embedding), weight, bias).float()
 
 
 class Fused(nn.Module):
     """All stages of a whole slide in one graph: inputs of embed, coordinates and token ids -> embedding, expression."""
 
-    def __init__(self, embed: Embed, blocks: list[BlockStage], head: Head) -> None:
+    def __init__(self, embed: Embed, blocks: Sequence[BlockStage], head: Head) -> None:
         super().__init__()
         self.embed, self.blocks, self.head = embed, nn.ModuleList(blocks), head
 
@@ -114,6 +147,26 @@ class Fused(nn.Module):
         return x, self.head(x, token_ids)
 
 
+class FusedKnn(Fused):
+    """The same with kNN attention: spots in block order, key_index into all rows."""
+
+    def forward(  # type: ignore[override]
+        self,
+        features: Tensor,
+        coords: Tensor,
+        organ: Tensor,
+        technology: Tensor,
+        gene_row: Tensor,
+        key_index: Tensor,
+        mask: Tensor,
+        token_ids: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        x, *kv = self.embed(features, organ, technology, gene_row)
+        for block in self.blocks:
+            x, *kv = block(x, coords, *kv, coords, key_index, mask)
+        return x, self.head(x, token_ids)
+
+
 @dataclass(frozen=True)
 class Graph:
     """A module to export: what to trace it with, which sizes may vary, and the names of its ends."""
@@ -121,54 +174,78 @@ class Graph:
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]  # examples, in the order of the module's arguments
-    dynamic: dict[str, dict[int, str]]  # input -> axis -> name of its size
+    sizes: dict[str, dict[int, Any]]  # input -> axis -> its size, a torch.export.Dim
     outputs: tuple[str, ...]
 
 
 def graphs(model: STPath) -> list[Graph]:
     """Every graph of an engine, in the type of the model's weights."""
-    config, dtype = model.config, model.head[1].weight.dtype
     blocks = model.blocks
+    pairs = list(zip(blocks, [*blocks[1:], None], strict=True))  # each block and the one that follows it
     embed, head = Embed(model), Head(model)
-    stages = [BlockStage(block, following) for block, following in zip(blocks, [*blocks[1:], None], strict=True)]
-
-    # Sizes to trace with: all distinct, so that none is taken for another.
-    spots, keys, genes, rows = 5, 7, 3, 11
-    floats = {
-        "features": torch.zeros(spots, config.n_features, dtype=dtype),
-        "gene_row": torch.zeros(spots, config.d_model, dtype=dtype),
-        "x": torch.zeros(spots, config.d_model, dtype=dtype),
-        "coords": torch.zeros(spots, 2),
-        "k": torch.zeros(keys, config.d_model, dtype=dtype),
-        "v": torch.zeros(keys, config.d_model, dtype=dtype),
-        "key_coords": torch.zeros(keys, 2),
-        "values": torch.zeros(rows, genes, dtype=dtype),
-        "embedding": torch.zeros(spots, config.d_model, dtype=dtype),
-    }
-    tokens = {
-        "organ": torch.zeros(spots, dtype=torch.int64),
-        "technology": torch.zeros(spots, dtype=torch.int64),
-        "token_ids": torch.zeros(genes, dtype=torch.int64),
-    }
-    examples = floats | tokens
-    sizes = {spots: "spots", keys: "keys", genes: "genes", rows: "rows"}
-    axes = {"values": (0, 1)}  # all others vary along their first axis only
-
-    def graph(name: str, module: nn.Module, inputs: str, outputs: str) -> Graph:
-        given = {key: examples[key] for key in inputs.split()}
-        dynamic = {key: {a: sizes[value.shape[a]] for a in axes.get(key, (0,))} for key, value in given.items()}
-        return Graph(name, module.eval(), given, dynamic, tuple(outputs.split()))
+    to_all = [GlobalBlock(*pair) for pair in pairs]
+    to_nearest = [KnnBlock(*pair) for pair in pairs]
+    spot_inputs = "features coords organ technology gene_row"
 
     row = [
-        graph("tokens", Tokens(model), "values token_ids", "gene_rows"),
-        graph("embed", embed, "features organ technology gene_row", "x k v"),
+        _graph(model, "tokens", Tokens(model), "values token_ids", "gene_rows"),
+        _graph(model, "embed", embed, "features organ technology gene_row", "x k v"),
     ]
-    for layer, stage in enumerate(stages, 1):
-        ends = "x_next" if stage is stages[-1] else "x_next k_next v_next"
-        row.append(graph(f"block_{layer}", stage, "x coords k v key_coords", ends))
-    row.append(graph("head", head, "embedding token_ids", "expression"))
-    whole = "features coords organ technology gene_row token_ids"
-    return [*row, graph("fused", Fused(embed, stages, head), whole, "embedding expression")]
+    for layer, (block, knn_block) in enumerate(zip(to_all, to_nearest, strict=True), 1):
+        ends = "x_next" if layer == len(blocks) else "x_next k_next v_next"
+        row.append(_graph(model, f"block_{layer}", block, "x coords k v key_coords", ends))
+        row.append(_graph(model, f"knn_block_{layer}", knn_block, "x coords k v key_coords key_index mask", ends))
+    return [
+        *row,
+        _graph(model, "head", head, "embedding token_ids", "expression"),
+        _graph(model, "fused", Fused(embed, to_all, head), f"{spot_inputs} token_ids", "embedding expression"),
+        _graph(
+            model,
+            "fused_knn",
+            FusedKnn(embed, to_nearest, head),
+            f"{spot_inputs} key_index mask token_ids",
+            "embedding expression",
+        ),
+    ]
+
+
+def _graph(model: STPath, name: str, module: nn.Module, inputs: str, outputs: str) -> Graph:
+    """A graph with example inputs, whose sizes are all distinct so that none is taken for another."""
+    d, n_features, dtype = model.config.d_model, model.config.n_features, model.head[1].weight.dtype
+    blocks, keys_of_block = torch.export.Dim("blocks"), 8 * torch.export.Dim("key_groups")
+    keys, genes, rows = torch.export.Dim("keys"), torch.export.Dim("genes"), torch.export.Dim("rows")
+    n, spots = (3 * BLOCK, BLOCK * blocks) if "key_index" in inputs.split() else (5, torch.export.Dim("spots"))
+
+    def floats(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    def ints(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.int64)
+
+    examples: dict[str, tuple[Tensor, dict[int, Any]]] = {
+        "features": (floats(n, n_features), {0: spots}),
+        "gene_row": (floats(n, d), {0: spots}),
+        "x": (floats(n, d), {0: spots}),
+        "embedding": (floats(n, d), {0: spots}),
+        "coords": (torch.zeros(n, 2), {0: spots}),
+        "organ": (ints(n), {0: spots}),
+        "technology": (ints(n), {0: spots}),
+        "k": (floats(7, d), {0: keys}),
+        "v": (floats(7, d), {0: keys}),
+        "key_coords": (torch.zeros(7, 2), {0: keys}),
+        "key_index": (ints(3, 16), {0: blocks, 1: keys_of_block}),
+        "mask": (torch.ones(3, BLOCK, 16, dtype=torch.bool), {0: blocks, 2: keys_of_block}),
+        "values": (floats(11, 4), {0: rows, 1: genes}),
+        "token_ids": (ints(4), {0: genes}),
+    }
+    given = {key: examples[key] for key in inputs.split()}
+    return Graph(
+        name,
+        module.eval(),
+        {key: example for key, (example, _) in given.items()},
+        {key: sizes for key, (_, sizes) in given.items()},
+        tuple(outputs.split()),
+    )
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

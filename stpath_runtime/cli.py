@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -54,12 +54,18 @@ def predict(
     context: Annotated[
         Path | None, typer.Option(metavar="COUNTS.h5ad", help="Raw counts of some spots; obs_names are barcodes.")
     ] = None,
+    attention: Annotated[str | None, typer.Option(help="global or knn; left out: as the model was trained.")] = None,
+    neighbors: Annotated[int | None, typer.Option(metavar="K", help="With knn: attend to the K nearest spots.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to take, such as 6G; left out: half of what there is.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="What runs the engine.")] = "onnxruntime",
     device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Keep the embedding in obsm.")] = False,
 ) -> None:
     """Predict the expression of genes at every spot of one or more slides."""
     from .engine import Engine
+    from .memory import parse_bytes
     from .output import write_h5ad
     from .readers import read_context, read_slide
 
@@ -69,12 +75,45 @@ def predict(
     if names is not None:
         loaded.vocabulary.tokens(names)
     counts = read_context(context) if context is not None else None
+    how: dict[str, Any] = {"context": counts, "attention": attention, "neighbors": neighbors, "embeddings": embeddings}
+    how["memory"] = parse_bytes(memory) if memory is not None else None
     for path, target in zip(slides, targets, strict=True):
         slide = read_slide(path, organ=organ, technology=tech)
         with progress_bar(path.name) as on_tile:
-            adata = loaded.predict(slide, genes=names, context=counts, embeddings=embeddings, on_tile=on_tile)
+            adata = loaded.predict(slide, genes=names, **how, on_tile=on_tile)
         write_h5ad(adata, target)
         typer.echo(f"{target}: {adata.n_obs:,} spots, {adata.n_vars:,} genes")
+
+
+@app.command()
+def fidelity(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    slide: Annotated[Path, typer.Option(metavar="FILE", help="Features file to measure on.")],
+    neighbors: Annotated[str, typer.Option(metavar="K,K,...", help="Numbers of neighbours.")] = "8,16,32,64,128",
+    organ: Annotated[str | None, typer.Option(help="Organ; left out: Others.")] = None,
+    tech: Annotated[str | None, typer.Option(help="Technology; left out: unknown.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="The picture to write.")] = Path("fidelity.png"),
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory to take, such as 6G.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the engine.")] = "onnxruntime",
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+) -> None:
+    """Measure, for each k, what kNN attention changes against the way that the model was trained."""
+    from .engine import Engine
+    from .fidelity import measure_fidelity, plot_fidelity, print_fidelity
+    from .memory import parse_bytes
+    from .plot import require_matplotlib
+    from .readers import read_slide
+
+    _require_png(out)
+    require_matplotlib()
+    counts = _whole_numbers(neighbors)
+    size = parse_bytes(memory) if memory is not None else None
+    loaded = Engine.load(engine, backend=backend, device=device)
+    with progress_bar(slide.name) as on_step:
+        found = measure_fidelity(loaded, read_slide(slide, organ=organ, technology=tech), counts, size, on_step)
+    print_fidelity(found)
+    plot_fidelity(found, out)
+    typer.echo(str(out))
 
 
 @app.command()
@@ -87,8 +126,7 @@ def plot(
     from .plot import plot_genes
     from .readers import read_prediction
 
-    if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+    _require_png(out)
     plot_genes(read_prediction(prediction), genes, out, title=prediction.stem)
     typer.echo(str(out))
 
@@ -102,6 +140,19 @@ def info(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine f
     manifest = Manifest.read(engine)
     manifest.check_files(engine)
     print_manifest(engine, manifest)
+
+
+def _require_png(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    """Numbers from '8,16,32', each above 0."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise InputError(f"--neighbors {text}: give whole numbers from 1, such as 8,16,32")
+    return sorted({int(word) for word in words})
 
 
 def _targets(slides: Sequence[Path], out: Path) -> list[Path]:

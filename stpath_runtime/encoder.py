@@ -3,23 +3,29 @@
 Only x, k and v of the whole slide are kept (and the next layer's k and v while it is computed): what a tile needs
 beyond them does not grow with the square of the spots.
 
-    tokens  : values [R, P], token ids [P]                          -> gene rows [R, d]
-    embed   : features, organ, technology, gene row of a tile       -> x, k, v for block 1
-    block_l : x and coordinates of a tile; k, v, coordinates of all -> x, and k, v for block l + 1 (not the last)
-    head    : embedding of a tile, token ids [G]                    -> expression [T, G]
+    tokens      : values [R, P], token ids [P]                           -> gene rows [R, d]
+    embed       : features, organ, technology, gene row of a tile        -> x, k, v for block 1
+    block_l     : x and coordinates of a tile; k, v, coordinates of all  -> x, and k, v for block l + 1 (not the last)
+    knn_block_l : the same with the k, v, coordinates of the tile's neighbours, the keys of its blocks, and their mask
+    head        : embedding of a tile, token ids [G]                     -> expression [T, G]
+
+Both ways to attend are this row. They differ in the order of the rows, and in how a tile gets its keys: `AllSpots` and
+`NearestSpots`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .backends import Backend
 from .context import ContextRows
+from .errors import InputError
 from .manifest import ModelConfig
+from .neighbors import BLOCK, Plan
 from .progress import OnTile
 from .slide import Slide
 from .vocabulary import MASK_TOKEN
@@ -27,8 +33,89 @@ from .vocabulary import MASK_TOKEN
 Floats = npt.NDArray[Any]
 
 DTYPES = {"fp32": np.float32, "fp16": np.float16}  # what passes between the stages, by precision
-TILE_BYTES = 64 << 20  # a tile's scores: enough to keep the matrix products busy, little beside the slide itself
+# A tile reads all its keys once for its queries: 1,024 queries make hundreds of operations of each number read, more
+# than any processor needs to be kept busy. Larger tiles cost memory and win nothing.
+ENOUGH_ROWS = 1024
+ENOUGH_BYTES = 64 << 20  # of a tile of the embed and head stages, which have no keys
 GENES_AT_ONCE = 8_192
+
+
+class Keys(Protocol):
+    """How the rows of x stand for spots, and how a tile of rows gets its keys."""
+
+    graph: str  # the block graphs are named f"{graph}_{layer}"
+    rows: int  # R
+    unit: int  # a tile is a multiple of so many rows
+    row_bytes: int  # what one row of a tile adds to the memory of a block
+
+    def spots(self, rows: slice) -> slice | npt.NDArray[np.int64]:
+        """The spots that some rows stand for."""
+        ...
+
+    def of_spots(self, x: Floats) -> Floats:
+        """The rows of x [R, d] in the order of the spots, [N, d]."""
+        ...
+
+    def inputs(self, rows: slice, k: Floats, v: Floats) -> dict[str, Floats]:
+        """Coordinates and keys of a tile of rows."""
+        ...
+
+
+class AllSpots:
+    """Global attention: rows are spots, and every tile takes all of them as keys."""
+
+    graph, unit = "block", 1
+
+    def __init__(self, slide: Slide, model: ModelConfig) -> None:
+        self.rows = len(slide)
+        # In float32: scores, bias and their sum for each head, distances and their parts.
+        self.row_bytes = self.rows * (3 * model.n_heads + 4) * 4
+        self._coords = slide.normalized_coords().astype(np.float32)
+
+    def spots(self, rows: slice) -> slice:
+        """The same: rows are spots."""
+        return rows
+
+    def of_spots(self, x: Floats) -> Floats:
+        """The same: rows are spots."""
+        return x
+
+    def inputs(self, rows: slice, k: Floats, v: Floats) -> dict[str, Floats]:
+        """All keys for any tile."""
+        return {"coords": self._coords[rows], "k": k, "v": v, "key_coords": self._coords}
+
+
+class NearestSpots:
+    """KNN attention: rows are spots in block order, and a tile takes the rows that its blocks name."""
+
+    graph, unit = "knn_block", BLOCK
+
+    def __init__(self, slide: Slide, model: ModelConfig, plan: Plan) -> None:
+        self.rows = len(plan.spot)
+        keys = int(np.diff(plan.key_start).max())
+        # In float32: scores, bias and their sum, distances and their parts, and a block's keys shared by its rows.
+        self.row_bytes = keys * ((3 * model.n_heads + 4) * 4 + 1) + 3 * keys * model.d_model * 4 // BLOCK
+        self._plan = plan
+        self._coords = slide.normalized_coords().astype(np.float32)[plan.spot]
+
+    def spots(self, rows: slice) -> npt.NDArray[np.int64]:
+        """The spot of each row; a row that pads a block takes the last spot, and is no key of any."""
+        return self._plan.spot[rows]
+
+    def of_spots(self, x: Floats) -> Floats:
+        """Rows back in the order of the spots."""
+        return x[self._plan.row]
+
+    def inputs(self, rows: slice, k: Floats, v: Floats) -> dict[str, Floats]:
+        """Only the rows of k and v that the tile's blocks name, and which of them each block takes."""
+        tile = self._plan.tile(slice(rows.start // BLOCK, rows.stop // BLOCK))
+        keys = {"k": k[tile.rows], "v": v[tile.rows], "key_coords": self._coords[tile.rows]}
+        return {"coords": self._coords[rows], **keys, "key_index": tile.key_index, "mask": tile.mask}
+
+    def whole(self) -> dict[str, Floats]:
+        """Coordinates and keys of all rows, for the fused graph."""
+        blocks = self._plan.tile(slice(0, self._plan.blocks))
+        return {"coords": self._coords, "key_index": blocks.rows[blocks.key_index], "mask": blocks.mask}
 
 
 def encode(
@@ -36,7 +123,9 @@ def encode(
     model: ModelConfig,
     precision: str,
     slide: Slide,
+    keys: Keys,
     context: ContextRows | None = None,
+    memory: int | None = None,
     tile: int | None = None,
     on_tile: OnTile | None = None,
 ) -> npt.NDArray[np.float32]:
@@ -44,38 +133,68 @@ def encode(
 
     Parameters
     ----------
+    keys
+        How to attend.
+    memory
+        Bytes that this may take beyond the features; None means half of what the device has available.
     tile
-        Spots in a tile of a block; None means as many as TILE_BYTES of scores allow.
+        Rows in a tile of a block; None means as many as pay, within the memory.
     on_tile
-        Called after each tile with the spots done and the spots to do, over all stages.
+        Called after each tile with the rows done and the rows to do, over all stages.
+
+    Raises
+    ------
+    InputError
+        If the memory is too small for one tile.
     """
-    dtype, n, d = DTYPES[precision], len(slide), model.d_model
-    coords = slide.normalized_coords().astype(np.float32)
+    dtype, n, d = DTYPES[precision], keys.rows, model.d_model
+    memory = memory if memory is not None else backend.available_memory() // 2
+    size = tile or tile_rows(keys, model, np.dtype(dtype).itemsize, memory, slide.name)
     x, k, v = (np.empty((n, d), dtype) for _ in range(3))
     done, total = 0, n * (1 + model.n_layers)
 
-    def tick(spots: slice) -> None:
+    def tick(rows: slice) -> None:
         nonlocal done
-        done += spots.stop - spots.start
+        done += rows.stop - rows.start
         if on_tile is not None:
             on_tile(done, total)
 
-    rows, row_of_spot = gene_rows(backend, model, dtype, n, context)
-    for spots in _tiles(n, tile or _rows_that_fit(model.n_features * np.dtype(dtype).itemsize)):
-        x[spots], k[spots], v[spots] = backend.run("embed", _embed_inputs(slide, spots, rows[row_of_spot[spots]]))
-        tick(spots)
+    embedded, row_of_spot = gene_rows(backend, model, dtype, len(slide), context)
+    for rows in _tiles(n, min(size, _enough(model.n_features * 4)), 1):
+        spots = keys.spots(rows)
+        x[rows], k[rows], v[rows] = backend.run("embed", _embed_inputs(slide, spots, embedded[row_of_spot[spots]]))
+        tick(rows)
 
     k_next, v_next = np.empty_like(k), np.empty_like(v)
     for layer in range(1, model.n_layers + 1):
-        # A tile's scores are [heads, T, N] in float32, with the bias beside them.
-        for spots in _tiles(n, tile or _rows_that_fit(model.n_heads * n * 4)):
-            inputs = {"x": x[spots], "coords": coords[spots], "k": k, "v": v, "key_coords": coords}
-            x[spots], *kv_next = backend.run(f"block_{layer}", inputs)
+        for rows in _tiles(n, size, keys.unit):
+            x[rows], *kv_next = backend.run(f"{keys.graph}_{layer}", {"x": x[rows], **keys.inputs(rows, k, v)})
             if kv_next:
-                k_next[spots], v_next[spots] = kv_next
-            tick(spots)
+                k_next[rows], v_next[rows] = kv_next
+            tick(rows)
         (k, k_next), (v, v_next) = (k_next, k), (v_next, v)
-    return x.astype(np.float32, copy=False)
+    return keys.of_spots(x).astype(np.float32, copy=False)
+
+
+def tile_rows(keys: Keys, model: ModelConfig, itemsize: int, memory: int, name: str) -> int:
+    """Rows of a tile: as many as pay, if what is kept and the tile fit the memory.
+
+    Raises
+    ------
+    InputError
+        If not even the smallest tile fits; the message gives the least that works.
+    """
+    kept = 5 * keys.rows * model.d_model * itemsize  # x, k, v, and the next k and v
+    # Beside its keys, a row of a tile has activations: x, q, attention, mlp (twice), k, v; and its features.
+    row_bytes = keys.row_bytes + (6 * model.d_model + 2 * model.d_mlp + model.n_features) * 4
+    fit = (memory - kept) // row_bytes // keys.unit * keys.unit
+    if fit < keys.unit:
+        least = kept + keys.unit * row_bytes
+        raise InputError(
+            f"{name}: {_mebibytes(memory)} of memory do not hold one tile of {keys.rows:,} spots; the least that works "
+            f"is {_mebibytes(least)} (--memory)"
+        )
+    return min(fit, ENOUGH_ROWS)
 
 
 def run_fused(
@@ -83,15 +202,22 @@ def run_fused(
     model: ModelConfig,
     precision: str,
     slide: Slide,
+    keys: AllSpots | NearestSpots,
     context: ContextRows | None,
     token_ids: npt.NDArray[np.int64],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Embedding [N, d] and expression [N, G] by the one graph of all stages, which holds all N * N scores at once."""
-    rows, row_of_spot = gene_rows(backend, model, DTYPES[precision], len(slide), context)
-    inputs = _embed_inputs(slide, slice(0, len(slide)), rows[row_of_spot])
-    coords = slide.normalized_coords().astype(np.float32)
-    embedding, expression = backend.run("fused", {**inputs, "coords": coords, "token_ids": token_ids})
-    return embedding.astype(np.float32, copy=False), expression.astype(np.float32, copy=False)
+    """Embedding [N, d] and expression [N, G] by the one graph of all stages, which holds all scores at once."""
+    embedded, row_of_spot = gene_rows(backend, model, DTYPES[precision], len(slide), context)
+    everything = slice(0, keys.rows)
+    spots = keys.spots(everything)
+    inputs = _embed_inputs(slide, spots, embedded[row_of_spot[spots]])
+    if isinstance(keys, NearestSpots):
+        outputs = backend.run("fused_knn", {**inputs, **keys.whole(), "token_ids": token_ids})
+    else:
+        coords = slide.normalized_coords().astype(np.float32)
+        outputs = backend.run("fused", {**inputs, "coords": coords, "token_ids": token_ids})
+    embedding, expression = (keys.of_spots(rows).astype(np.float32, copy=False) for rows in outputs)
+    return embedding, expression
 
 
 def gene_rows(
@@ -106,7 +232,7 @@ def gene_rows(
     row_of_spot[context.spots] = np.arange(1, 1 + len(context.spots))
     rows = [mask_row]
     itemsize = np.dtype(dtype).itemsize
-    for some in _tiles(len(context.spots), _rows_that_fit(max(1, len(context.tokens)) * itemsize)):
+    for some in _tiles(len(context.spots), _enough(max(1, len(context.tokens)) * itemsize), 1):
         values = context.log_counts[some].toarray().astype(dtype, copy=False)
         rows += backend.run("tokens", {"values": values, "token_ids": context.tokens})
     return np.concatenate(rows), row_of_spot
@@ -121,9 +247,9 @@ def decode(
 ) -> npt.NDArray[np.float32]:
     """Expression (log1p of raw counts) of the genes asked for, [N, G], from an embedding [N, d]."""
     expression = np.empty((len(embedding), len(token_ids)), np.float32)
-    for genes in _tiles(len(token_ids), GENES_AT_ONCE):
+    for genes in _tiles(len(token_ids), GENES_AT_ONCE, 1):
         width = genes.stop - genes.start
-        for spots in _tiles(len(embedding), _rows_that_fit(width * 4)):
+        for spots in _tiles(len(embedding), _enough(width * 4), 1):
             tile = embedding[spots].astype(DTYPES[precision], copy=False)
             (expression[spots, genes],) = backend.run("head", {"embedding": tile, "token_ids": token_ids[genes]})
             if on_tile is not None:
@@ -131,22 +257,26 @@ def decode(
     return expression
 
 
-def _embed_inputs(slide: Slide, spots: slice, gene_row: Floats) -> dict[str, Floats]:
-    size = spots.stop - spots.start
+def _embed_inputs(slide: Slide, spots: slice | npt.NDArray[np.int64], gene_row: Floats) -> dict[str, Floats]:
     return {
         "features": slide.features[spots].astype(gene_row.dtype, copy=False),
-        "organ": np.full(size, slide.organ_token, np.int64),
-        "technology": np.full(size, slide.technology_token, np.int64),
+        "organ": np.full(len(gene_row), slide.organ_token, np.int64),
+        "technology": np.full(len(gene_row), slide.technology_token, np.int64),
         "gene_row": gene_row,
     }
 
 
-def _rows_that_fit(row_bytes: int) -> int:
-    return max(16, TILE_BYTES // row_bytes)
+def _enough(row_bytes: int) -> int:
+    return max(1, ENOUGH_BYTES // row_bytes)
 
 
-def _tiles(n: int, size: int) -> Iterator[slice]:
-    """Slices that cover n, of nearly the same size, none above `size`."""
-    count = -(-n // size)
+def _tiles(n: int, size: int, unit: int) -> Iterator[slice]:
+    """Slices that cover n, of nearly the same size, multiples of the unit, none above `size`."""
+    units = n // unit
+    count = -(-units // max(1, size // unit))
     for i in range(count):
-        yield slice(i * n // count, (i + 1) * n // count)
+        yield slice(i * units // count * unit, (i + 1) * units // count * unit)
+
+
+def _mebibytes(size: int) -> str:
+    return f"{-(-size // 2**20):,} MiB"

@@ -14,8 +14,10 @@ import numpy.typing as npt
 from . import encoder
 from .backends import Backend, open_backend
 from .context import Context
+from .encoder import AllSpots, NearestSpots
 from .errors import InputError, InputWarning
-from .manifest import GENES, MANIFEST, Manifest
+from .manifest import ATTENTIONS, GENES, MANIFEST, Manifest
+from .neighbors import plan_blocks
 from .progress import OnTile
 from .slide import Slide
 from .vocabulary import GeneVocabulary
@@ -32,6 +34,7 @@ class Engine:
         self.manifest = manifest
         self.vocabulary = vocabulary
         self.backend = backend
+        self._approximation_told = False
 
     def __repr__(self) -> str:
         return f"Engine({str(self.path)!r}, {self.manifest.precision}, {self.backend.name} on {self.backend.device})"
@@ -58,7 +61,14 @@ class Engine:
         return cls(path, manifest, GeneVocabulary.read(path / GENES), open_backend(backend, path, device))
 
     def embed(
-        self, slide: Slide, *, context: Context | None = None, on_tile: OnTile | None = None
+        self,
+        slide: Slide,
+        *,
+        context: Context | None = None,
+        attention: str | None = None,
+        neighbors: int | None = None,
+        memory: int | None = None,
+        on_tile: OnTile | None = None,
     ) -> npt.NDArray[np.float32]:
         """Embedding of every spot, float32 [N, d]: the last block's output, before the head.
 
@@ -66,14 +76,24 @@ class Engine:
         ----------
         context
             Measured expression of some spots.
+        attention
+            "global": every spot to every spot of the slide; "knn": to its nearest. None means as the model was trained.
+            The other way is an approximation, and warns; `stpath fidelity` measures it.
+        neighbors
+            With "knn": to how many spots, itself included; more than the slide has means all. None means as trained.
+        memory
+            Bytes that this may take beyond the features; None means half of what the device has available. The result
+            does not depend on it.
         on_tile
             Called with (done, total) as the work goes on.
 
         Raises
         ------
         InputError
-            If the features are not as wide as the engine expects, or the context does not fit the slide.
+            If the features are not as wide as the engine expects, the context does not fit the slide, the attention is
+            unknown or lacks its neighbors, or the memory is too small for one tile.
         """
+        self._tell_of_approximation(*self._attention(attention, neighbors))
         expected = self.manifest.model.n_features
         if slide.features.shape[1] != expected:
             raise InputError(
@@ -81,8 +101,33 @@ class Engine:
                 f"({self.manifest.encoder}); compute the features with that encoder"
             )
         rows = context.resolve(slide, self.vocabulary) if context is not None else None
+        keys = self.keys(slide, attention, neighbors)
         model, precision = self.manifest.model, self.manifest.precision
-        return encoder.encode(self.backend, model, precision, slide, rows, on_tile=on_tile)
+        return encoder.encode(self.backend, model, precision, slide, keys, rows, memory, on_tile=on_tile)
+
+    def keys(self, slide: Slide, attention: str | None = None, neighbors: int | None = None) -> AllSpots | NearestSpots:
+        """How the spots of a slide attend: the keys of `stpath_runtime.encoder`."""
+        kind, k = self._attention(attention, neighbors)
+        if kind == "global":
+            return AllSpots(slide, self.manifest.model)
+        return NearestSpots(slide, self.manifest.model, plan_blocks([slide.coords], k))
+
+    def _attention(self, attention: str | None, neighbors: int | None) -> tuple[str, int]:
+        """Check how to attend; returns the kind and the neighbors (0 for global)."""
+        trained = self.manifest.model
+        kind = trained.attention if attention is None else attention
+        if kind not in ATTENTIONS:
+            raise InputError(f"unknown attention {attention!r}; known: {', '.join(ATTENTIONS)}")
+        if kind == "global":
+            if neighbors is not None:
+                raise InputError(f"global attention takes no neighbors ({neighbors!r} given); give attention knn")
+            return kind, 0
+        k = neighbors if neighbors is not None else trained.neighbors
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or (neighbors is not None and k < 1):
+            raise InputError(f"neighbors must be a whole number from 1, not {neighbors!r}")
+        if k < 1:
+            raise InputError("attention knn needs the number of neighbors: the model was trained globally and has none")
+        return kind, int(k)
 
     def decode(
         self, embedding: npt.NDArray[np.floating], genes: Sequence[str] | None = None, *, on_tile: OnTile | None = None
@@ -113,6 +158,9 @@ class Engine:
         *,
         genes: Sequence[str] | None = None,
         context: Context | None = None,
+        attention: str | None = None,
+        neighbors: int | None = None,
+        memory: int | None = None,
         embeddings: bool = False,
         on_tile: OnTile | None = None,
     ) -> AnnData:
@@ -122,8 +170,8 @@ class Engine:
         ----------
         genes
             Symbols, aliases or Ensembl ids; None means all 38,982 (156 KB a spot).
-        context
-            Measured expression of some spots.
+        context, attention, neighbors, memory
+            As for `embed`.
         embeddings
             Whether to keep the embedding in `obsm["stpath_embedding"]`.
         on_tile
@@ -144,9 +192,27 @@ class Engine:
             raise InputError("no gene is asked for; name some, or give None for all")
         # A misspelt gene is found before the work, not after it.
         tokens = self.vocabulary.all_tokens() if names is None else self.vocabulary.tokens(names)
-        embedding = self.embed(slide, context=context, on_tile=on_tile)
+        embedding = self.embed(
+            slide, context=context, attention=attention, neighbors=neighbors, memory=memory, on_tile=on_tile
+        )
         expression = encoder.decode(self.backend, self.manifest.precision, embedding, tokens)
-        return self._to_anndata(slide, names, tokens, expression, embedding if embeddings else None)
+        adata = self._to_anndata(slide, names, tokens, expression)
+        adata.uns["stpath"] = self._provenance(slide, *self._attention(attention, neighbors))
+        if embeddings:
+            adata.obsm["stpath_embedding"] = embedding
+        return adata
+
+    def _tell_of_approximation(self, attention: str, neighbors: int) -> None:
+        """Warn, once, where a model attends otherwise than it was trained."""
+        trained = self.manifest.model
+        if (attention, neighbors) != (trained.attention, trained.neighbors) and not self._approximation_told:
+            self._approximation_told = True
+            warnings.warn(
+                f"{_describe(attention, neighbors)} on a model trained with "
+                f"{_describe(trained.attention, trained.neighbors)} is an approximation; stpath fidelity measures it",
+                InputWarning,
+                stacklevel=4,
+            )
 
     def _to_anndata(
         self,
@@ -154,28 +220,27 @@ class Engine:
         names: list[str] | None,
         tokens: npt.NDArray[np.int64],
         expression: npt.NDArray[np.float32],
-        embedding: npt.NDArray[np.float32] | None,
     ) -> AnnData:
         import pandas as pd
         from anndata import AnnData
 
         var_names = names if names is not None else self.vocabulary.names(tokens)
-        adata = AnnData(
+        return AnnData(
             X=expression,
             obs=pd.DataFrame(index=pd.Index(slide.obs_names)),
             var=pd.DataFrame({"gene_ids": self.vocabulary.gene_ids(tokens)}, index=pd.Index(var_names)),
             obsm={"spatial": np.array(slide.coords)},
-            uns={"stpath": self._provenance(slide)},
         )
-        if embedding is not None:
-            adata.obsm["stpath_embedding"] = embedding
-        return adata
 
-    def _provenance(self, slide: Slide) -> dict[str, Any]:
+    def _provenance(self, slide: Slide, attention: str, neighbors: int) -> dict[str, Any]:
+        model = self.manifest.model
         return {
             "engine": hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest(),
             "checkpoint": self.manifest.checkpoint["sha256"],
-            "attention": self.manifest.attention,
+            "attention": attention,
+            "neighbors": neighbors,
+            "trained_attention": model.attention,
+            "trained_neighbors": model.neighbors,
             "precision": self.manifest.precision,
             "backend": self.backend.name,
             "device": self.backend.device,
@@ -183,6 +248,10 @@ class Engine:
             "technology": slide.technology or "",
             "units": "log1p raw counts",
         }
+
+
+def _describe(attention: str, neighbors: int) -> str:
+    return f"knn attention to {neighbors} spots" if attention == "knn" else "global attention"
 
 
 def _distinct(names: list[str]) -> list[str]:

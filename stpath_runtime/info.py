@@ -21,7 +21,7 @@ def print_manifest(path: Path, manifest: Manifest) -> None:
         "model": f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads",
         "genes": f"{model.n_tokens - 2:,}",
         "features": f"{model.n_features:,} ({manifest.encoder})",
-        "attention": manifest.attention,
+        "attention": model.attention + (f" to {model.neighbors} spots" if model.neighbors else ""),
         "precision": manifest.precision,
         "graphs": f"{sum(name.endswith('.onnx') for name in manifest.files)} ONNX, opset {manifest.opset}",
         "size": f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files, hashes checked",

@@ -14,11 +14,12 @@ SCHEMA = 1
 MANIFEST = "engine.json"
 WEIGHTS = "weights.bin"
 GENES = "genes.tsv.gz"
+ATTENTIONS = ("global", "knn")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of an STPath model; all but the number of heads show in the shapes of its checkpoint."""
+    """Sizes of an STPath model, which show in the shapes of its checkpoint, and how it was trained to attend."""
 
     d_model: int
     n_heads: int
@@ -28,6 +29,8 @@ class ModelConfig:
     n_tokens: int  # genes and the pad and mask tokens
     n_organs: int
     n_technologies: int
+    attention: str = "global"  # every spot to every spot; or "knn", every spot to its nearest
+    neighbors: int = 0  # with "knn": to how many, itself included
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,6 @@ class Manifest:
 
     schema: int
     model: ModelConfig
-    attention: str  # how the model was trained to attend: "global"
     precision: str  # "fp32" or "fp16": the type of the weights and of what passes between the stages
     opset: int
     encoder: str  # what computed the features that the model was trained on
@@ -74,9 +76,8 @@ class Manifest:
                     "upgrade stpath-engine, or export the engine again with this version"
                 )
             manifest = cls(**{**found, "model": ModelConfig(**found["model"])})
-            if schema != SCHEMA or not all(
-                isinstance(getattr(manifest.model, f.name), int) for f in fields(ModelConfig)
-            ):
+            types = {field.name: str if field.name == "attention" else int for field in fields(ModelConfig)}
+            if schema != SCHEMA or not all(isinstance(getattr(manifest.model, n), t) for n, t in types.items()):
                 raise TypeError("a field has the wrong type")
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):

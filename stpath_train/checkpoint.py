@@ -1,4 +1,8 @@
-"""Checkpoints: a plain state_dict, in PyTorch's format or safetensors. Nothing is ever unpickled freely."""
+"""Checkpoints: a plain state_dict, in PyTorch's format or safetensors. Nothing is ever unpickled freely.
+
+How a model was trained to attend shows in no weight: a safetensors file says it in its metadata (`attention` "knn" and
+`neighbors`); a file that says nothing, as the published one, is of a model that attends globally.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,14 @@ import torch
 from torch import Tensor
 
 from stpath_runtime.errors import InputError
-from stpath_runtime.manifest import ModelConfig
+from stpath_runtime.manifest import ATTENTIONS, ModelConfig
 from stpath_runtime.output import written_whole
 
 from .model import STPath
 
 
 def load_checkpoint(path: str | Path) -> STPath:
-    """Load a checkpoint with the published keys, in float32, ready to infer; every size is read from it.
+    """Load a checkpoint with the published keys, in float32, ready to infer; every size is read from its shapes.
 
     Raises
     ------
@@ -26,8 +30,8 @@ def load_checkpoint(path: str | Path) -> STPath:
         If the file is missing, not a state_dict of tensors, or not one of STPath.
     """
     path = Path(path)
-    weights = _read_state_dict(path)
-    config = config_of(weights, str(path))
+    weights, metadata = _read_state_dict(path)
+    config = config_of(weights, metadata, str(path))
     with torch.device("meta"):
         model = STPath(config)
     try:
@@ -38,21 +42,25 @@ def load_checkpoint(path: str | Path) -> STPath:
 
 
 def save_checkpoint(model: STPath, path: str | Path) -> None:
-    """Write a model's weights as safetensors."""
+    """Write a model's weights, and how it attends, as safetensors."""
     from safetensors.torch import save_file
 
+    metadata = {"attention": model.config.attention, "neighbors": str(model.config.neighbors)}
     with written_whole(Path(path)) as partial:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial, metadata)
 
 
-def config_of(weights: Mapping[str, Tensor], name: str = "checkpoint") -> ModelConfig:
-    """Sizes of the model that a state_dict belongs to, from its shapes.
+def config_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "checkpoint") -> ModelConfig:
+    """Sizes of the model that a state_dict belongs to, from its shapes, and how it attends, from the metadata.
 
     Raises
     ------
     InputError
-        If a key is missing that tells a size.
+        If a key is missing that tells a size, or the attention is none that this package knows.
     """
+    attention, neighbors = metadata.get("attention", "global"), metadata.get("neighbors", "0")
+    if attention not in ATTENTIONS or not neighbors.isdigit() or (attention == "knn") != (int(neighbors) > 0):
+        raise InputError(f"{name}: unknown attention {attention!r} to {neighbors!r} spots; upgrade stpath-engine")
     layers = [int(m[1]) for key in weights if (m := re.match(r"model\.blks\.(\d+)\.", key))]
     try:
         d_model, n_features = weights["input_encoder.image_embed.weight"].shape
@@ -65,6 +73,8 @@ def config_of(weights: Mapping[str, Tensor], name: str = "checkpoint") -> ModelC
             n_tokens=weights["input_encoder.gene_embed.weight"].shape[1],
             n_organs=weights["input_encoder.organ_embed.weight"].shape[0],
             n_technologies=weights["input_encoder.tech_embed.weight"].shape[0],
+            attention=attention,
+            neighbors=int(neighbors),
         )
     except (KeyError, ValueError, IndexError) as error:
         raise InputError(f"{name}: not a checkpoint of STPath (missing or misshapen: {error})") from error
@@ -99,14 +109,18 @@ def seeded_checkpoint(config: ModelConfig, seed: int) -> STPath:
     return model.requires_grad_(False).eval()
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights and metadata of a checkpoint file."""
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint file")
+    metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors import safe_open
 
-            weights = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
@@ -116,7 +130,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path}: not a plain state_dict; expected keys such as 'model.blks.0.attn.W_output.0.weight'")
-    return weights
+    return weights, metadata
 
 
 def _brief(error: Exception) -> str:

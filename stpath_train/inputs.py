@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from stpath_runtime.context import Context
+from stpath_runtime.neighbors import nearest
 from stpath_runtime.slide import Slide
 from stpath_runtime.vocabulary import GeneVocabulary
 
@@ -14,11 +19,15 @@ from .model import ContextTokens
 
 
 def slide_inputs(
-    slide: Slide, vocabulary: GeneVocabulary, context: Context | None = None, dtype: torch.dtype = torch.float32
+    slide: Slide,
+    vocabulary: GeneVocabulary,
+    context: Context | None = None,
+    dtype: torch.dtype = torch.float32,
+    neighbors: int | None = None,
 ) -> dict[str, Any]:
     """Arguments of `STPath.embed` for one slide, in the type of the model's weights.
 
-    Coordinates are float64 for a float64 model and float32 for any other.
+    Coordinates are float64 for a float64 model and float32 for any other. With `neighbors`, for kNN attention.
     """
     tokens = None
     if context is not None:
@@ -32,4 +41,16 @@ def slide_inputs(
         "organ": torch.full((len(slide),), slide.organ_token),
         "technology": torch.full((len(slide),), slide.technology_token),
         "context": tokens,
+        "edge_index": None if neighbors is None else knn_edges([slide.coords], neighbors),
     }
+
+
+def knn_edges(slides: Sequence[npt.NDArray[np.generic]], neighbors: int) -> Tensor:
+    """Edges [2, E] from each spot's nearest spots to it, given the pixel coordinates of each slide in turn."""
+    edges, spots = [], 0
+    for coords in slides:
+        source = nearest(coords, neighbors)  # [N, k]
+        target = np.repeat(np.arange(len(source)), source.shape[1])
+        edges.append(np.stack([source.ravel(), target]) + spots)
+        spots += len(coords)
+    return torch.from_numpy(np.concatenate(edges, axis=1))

@@ -34,13 +34,14 @@ class ContextTokens:
 
 
 def distance_bias(weight: Tensor, coords: Tensor, key_coords: Tensor) -> Tensor:
-    """Bias of attention scores, [H, N, M]: weight [H] times the distance of coords [N, 2] to key_coords [M, 2].
+    """Bias of attention scores, [..., H, N, M]: weight [H] times the distance of coords [..., N, 2] to key_coords.
 
     Computed in the type of the coordinates: float16 would round positions of 0..100 to 1/16.
     """
-    dx = coords[:, :1] - key_coords[:, 0]  # [N, M]
-    dy = coords[:, 1:] - key_coords[:, 1]
-    return weight.to(coords.dtype)[:, None, None] * torch.sqrt(dx * dx + dy * dy)
+    dx = coords[..., :1] - key_coords[..., None, :, 0]  # [..., N, M]
+    dy = coords[..., 1:] - key_coords[..., None, :, 1]
+    distance = torch.sqrt(dx * dx + dy * dy)
+    return weight.to(coords.dtype)[:, None, None] * distance[..., None, :, :]
 
 
 class InputEncoder(nn.Module):
@@ -69,7 +70,7 @@ class InputEncoder(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Attention of every spot to every spot of its slide, biased by their distance."""
+    """Attention of every spot to every spot of its slide, or along the edges given, biased by their distance."""
 
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
@@ -89,21 +90,37 @@ class SpatialAttention(nn.Module):
         """[H], what a unit of distance adds to the score."""
         return cast(nn.Linear, self.edge_bias[0]).weight[:, 2]
 
-    def forward(self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None) -> Tensor:
-        q, k, v = (self._heads(part) for part in self.layernorm_qkv(x).chunk(3, dim=-1))  # [H, N, d/H]
+    def forward(
+        self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None, edge_index: Tensor | None = None
+    ) -> Tensor:
+        q, k, v = (p.reshape(len(x), self.n_heads, -1) for p in self.layernorm_qkv(x).chunk(3, dim=-1))  # [N, H, d/H]
+        if edge_index is None:
+            attended = self._attend_to_all(q, k, v, coords, slide_index)
+        else:
+            attended = self._attend_along_edges(q, k, v, coords, edge_index)
+        return self.W_output(attended.flatten(1))
+
+    def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, slide_index: Tensor | None) -> Tensor:
+        q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [H, N, d/H]
         tiles = []
-        for start in range(0, len(x), QUERIES_AT_ONCE):
+        for start in range(0, len(coords), QUERIES_AT_ONCE):
             rows = slice(start, start + QUERIES_AT_ONCE)
             bias = distance_bias(self.distance_weight, coords[rows], coords)  # [H, T, N]
             if slide_index is not None:
                 other = slide_index[rows, None] != slide_index
                 bias = bias.masked_fill(other, -torch.inf)
             tiles.append(F.scaled_dot_product_attention(q[:, rows], k, v, attn_mask=bias.to(q.dtype)))
-        attended = torch.cat(tiles, dim=1).transpose(0, 1).flatten(1)  # [N, d]
-        return self.W_output(attended)
+        return torch.cat(tiles, dim=1).transpose(0, 1)  # [N, H, d/H]
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.reshape(len(x), self.n_heads, -1).transpose(0, 1)
+    def _attend_along_edges(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, edge_index: Tensor) -> Tensor:
+        from torch_geometric.utils import scatter, softmax
+
+        source, target = edge_index  # [E] each: a key, and the query that attends to it
+        distance = (coords[target] - coords[source]).norm(dim=-1, keepdim=True)  # [E, 1]
+        scores = (q[target] * k[source]).sum(dim=-1) / q.shape[-1] ** 0.5  # [E, H]
+        scores = scores + (self.distance_weight.to(coords.dtype) * distance).to(q.dtype)
+        weights = softmax(scores, target, num_nodes=len(q))  # over the edges into each query
+        return scatter(weights[..., None] * v[source], target, dim_size=len(q), reduce="sum")  # [N, H, d/H]
 
 
 class Mlp(nn.Module):
@@ -127,8 +144,10 @@ class Block(nn.Module):
         self.attn = SpatialAttention(config.d_model, config.n_heads)
         self.mlp = Mlp(config.d_model, config.d_mlp)
 
-    def forward(self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None) -> Tensor:
-        x = x + self.attn(x, coords, slide_index)
+    def forward(
+        self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None, edge_index: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(x, coords, slide_index, edge_index)
         return x + self.mlp(x)
 
 
@@ -139,9 +158,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.blks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
 
-    def forward(self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None, edge_index: Tensor | None = None
+    ) -> Tensor:
         for block in self.blks:
-            x = block(x, coords, slide_index)
+            x = block(x, coords, slide_index, edge_index)
         return x
 
 
@@ -163,6 +184,7 @@ class STPath(nn.Module):
         technology: Tensor,
         context: ContextTokens | None = None,
         slide_index: Tensor | None = None,
+        edge_index: Tensor | None = None,
     ) -> Tensor:
         """Embedding of every spot, [N, d]: the last block's output, before the head.
 
@@ -178,9 +200,12 @@ class STPath(nn.Module):
             Measured expression of some spots.
         slide_index
             [N], the slide of each spot, where there are several; spots attend only within their slide.
+        edge_index
+            [2, E], for kNN attention: keys, and the queries that attend to them (`stpath_train.inputs.knn_edges`),
+            none across slides. Without it every spot attends to all of its slide.
         """
         x = self.input_encoder(features, organ, technology, context)
-        return self.model(x, coords, slide_index)
+        return self.model(x, coords, slide_index, edge_index)
 
     @property
     def blocks(self) -> list[Block]:
@@ -207,7 +232,9 @@ class STPath(nn.Module):
         technology: Tensor,
         context: ContextTokens | None = None,
         slide_index: Tensor | None = None,
+        edge_index: Tensor | None = None,
         token_ids: Tensor | None = None,
     ) -> Tensor:
         """Expression [N, G] from features; the parameters are those of `embed` and `decode`."""
-        return self.decode(self.embed(features, coords, organ, technology, context, slide_index), token_ids)
+        embedding = self.embed(features, coords, organ, technology, context, slide_index, edge_index)
+        return self.decode(embedding, token_ids)

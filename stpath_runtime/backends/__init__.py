@@ -25,6 +25,10 @@ class Backend(Protocol):
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
         ...
 
+    def available_memory(self) -> int:
+        """Bytes that the device has to give."""
+        ...
+
 
 def open_backend(name: str, engine: Path, device: str) -> Backend:
     """Open an engine's graphs with the backend and on the device that are asked for, and no other.

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import InputError
+from ..memory import available_on_gpu, available_on_host
 from . import Arrays
 
 
@@ -44,6 +45,10 @@ class OnnxRuntimeBackend:
             self._sessions[graph] = self._load(graph)
         outputs: list[npt.NDArray[np.generic]] = self._sessions[graph].run(None, dict(inputs))
         return outputs
+
+    def available_memory(self) -> int:
+        """Bytes that the device has to give."""
+        return available_on_host() if self.device == "cpu" else available_on_gpu(self.device.removeprefix("cuda:"))
 
     def _find_provider(self) -> tuple[str, dict[str, str]]:
         if self.device == "cpu":

@@ -77,13 +77,12 @@ def test_engine_equals_the_literal_formula(tiny, tiny_engine, spots, context, or
 def test_result_does_not_depend_on_the_tile(engine, tiny, tile):
     _, slide, context = tiny.slides()[0]
     rows = context.resolve(slide, engine.vocabulary)
-    model, precision = engine.manifest.model, engine.manifest.precision
-    tiled = encoder.encode(engine.backend, model, precision, slide, rows, tile=tile)
+    tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", slide, engine.keys(slide), rows, tile=tile)
     assert relative_l2(tiled, engine.embed(slide, context=context)) <= 1e-6
 
 
 def test_progress_counts_up_to_the_whole(engine, slide, monkeypatch):
-    monkeypatch.setattr(encoder, "TILE_BYTES", 4096)
+    monkeypatch.setattr(encoder, "ENOUGH_ROWS", 16)
     seen = []
     engine.embed(slide, on_tile=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
@@ -99,7 +98,7 @@ def test_head_decodes_the_genes_asked_for_in_tiles(engine, slide, monkeypatch):
     everything = engine.decode(embedding)
     assert everything.shape == (len(slide), 200)
     monkeypatch.setattr(encoder, "GENES_AT_ONCE", 7)
-    monkeypatch.setattr(encoder, "TILE_BYTES", 200)
+    monkeypatch.setattr(encoder, "ENOUGH_BYTES", 200)
     names = ["GENE5", "ALIAS3", "ENSG00000000199.2", "GENE0"] + [f"GENE{i}" for i in range(10, 30)]
     panel = engine.decode(embedding, names)
     columns = [5, 3, 199, 0, *range(10, 30)]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from helpers import Golden, relative_l2
 from stpath_runtime.manifest import ModelConfig
 from stpath_train.checkpoint import seeded_checkpoint
+from stpath_train.inputs import knn_edges
 from stpath_train.literal import literal_bias, literal_forward
 from stpath_train.model import ContextTokens, SpatialAttention, STPath, distance_bias
 
@@ -133,3 +134,31 @@ def test_result_does_not_depend_on_how_many_queries_run_at_once(queries, monkeyp
     expected = model.embed(**inputs)
     monkeypatch.setattr("stpath_train.model.QUERIES_AT_ONCE", queries)
     assert torch.allclose(model.embed(**inputs), expected, atol=1e-12)
+
+
+def test_knn_with_all_spots_of_a_slide_is_global_in_values_and_gradients():
+    model, inputs = random_case(seed=3, spots=30, heads=2, layers=2, slides=3, context=4)
+    model.requires_grad_(True)
+    coords = [inputs["coords"][inputs["slide_index"] == slide].numpy() for slide in range(3)]
+    expected = model(**inputs)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    found = model(**inputs, edge_index=knn_edges(coords, 1000))
+    found.square().sum().backward()
+    assert torch.allclose(found, expected, atol=1e-12)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], rtol=1e-8, atol=1e-9), name
+
+
+def test_knn_attends_to_the_nearest_and_to_no_other_slide():
+    model, inputs = random_case(seed=4, spots=40, heads=2, layers=1, slides=2, context=0)
+    coords = [inputs["coords"][inputs["slide_index"] == slide].numpy() for slide in range(2)]
+    edges = knn_edges(coords, 5)
+    before = model.embed(**inputs, edge_index=edges)
+    changed = dict(inputs, features=inputs["features"].clone())
+    changed["features"][7] += 1
+    moved = (model.embed(**changed, edge_index=edges) - before).abs().amax(dim=1) > 0
+    attends = set(edges[1][edges[0] == 7].tolist())
+    assert set(torch.nonzero(moved).ravel().tolist()) == attends
+    assert 7 in attends

@@ -1,0 +1,55 @@
+"""How much memory a device has to give."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from .errors import InputError
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def available_on_host() -> int:
+    """Bytes that this process may still take: what the system has available, within the limit of its cgroup."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
+        found.append(int(match[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        found.append(int(text) - int(used.read_text()))
+    return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_on_gpu(index: str) -> int:
+    """Bytes free on an NVIDIA GPU.
+
+    Raises
+    ------
+    InputError
+        If nvidia-smi does not tell.
+    """
+    command = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.strip()) * 2**20
+    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+        raise InputError(f"cuda:{index}: nvidia-smi does not tell its free memory ({error}); give --memory") from error
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from '6G', '500M', '1.5 GB' or a plain number; K, M, G and T are powers of 1,024.
+
+    Raises
+    ------
+    InputError
+        If it is none of these, or not above 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if size <= 0:
+        raise InputError(f"memory {text!r} is no size; give a number with K, M, G or T, such as 6G")
+    return size
