@@ -10,7 +10,7 @@ demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
 
 test: $(INSTALLED)
-	$(BIN)/pytest --cov --cov-report=term:skip-covered
+	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

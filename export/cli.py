@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,9 +64,11 @@ def verify(
     slides = [read_slide(slide)] if slide is not None else []
     model = load_checkpoint(checkpoint)
     if model.config != manifest.model:
+        theirs, ours = asdict(model.config), asdict(manifest.model)
+        different = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
         raise InputError(
-            f"{checkpoint}: another model than {engine}'s ({model.config} against {manifest.model}); "
-            f"that engine was made from {manifest.checkpoint['name']}"
+            f"{checkpoint}: another model than {engine}'s ({different}); that engine was made from "
+            f"{manifest.checkpoint['name']}"
         )
     if sha256(checkpoint) != manifest.checkpoint["sha256"]:
         typer.echo(f"warning: {checkpoint} is not the file that {engine} was made from (SHA-256 differs)", err=True)

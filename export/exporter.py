@@ -19,6 +19,7 @@ import torch
 
 from stpath_runtime.errors import InputError
 from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest, sha256
+from stpath_runtime.output import require_writable
 from stpath_runtime.progress import OnTile
 from stpath_runtime.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint
@@ -28,7 +29,7 @@ from .proof import Report, prove, require_passed
 from .stages import Graph, graphs
 
 OPSET = 23
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 SHARED_FROM_BYTES = 1024  # smaller tensors stay in the graph, where every tool can fold them
 ALIGNMENT = 64
 ENCODERS = {1536: "Gigapath tile features"}  # by width
@@ -83,10 +84,11 @@ def export_engine(
     ParityError
         If the engine misses the bar; nothing is left at `out`.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    if precision not in DTYPES:
+        raise InputError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out}: exists already; remove it or choose another folder")
+    require_writable(out)
     model = load_checkpoint(checkpoint)
     vocabulary = read_vocabulary(genes, model, str(checkpoint))
     source = {"name": checkpoint.name, "sha256": sha256(checkpoint)}
@@ -126,7 +128,7 @@ def write_engine(
 ) -> Manifest:
     """Write graphs, weights, vocabulary and manifest, without a proof, into an empty directory."""
     weights = SharedWeights(directory / WEIGHTS)
-    todo = graphs(copy.deepcopy(model).to(PRECISIONS[precision]))  # a copy: the reference stays in its own type
+    todo = graphs(copy.deepcopy(model).to(DTYPES[precision]))  # a copy: the reference stays in its own type
     for done, graph in enumerate(todo):
         if on_step is not None:
             on_step(done, len(todo) + 1)  # the proof is the last step

@@ -96,6 +96,8 @@ def prove(directory: Path, model: STPath, slides: Sequence[Slide] = ()) -> Repor
     A report for `engine.json`: whether it passed, the bars, and a row a case and path.
     """
     engine = Engine.load(directory)
+    for slide in slides:
+        engine.check(slide)
     cases = grid(model, engine.vocabulary)
     cases += [Case(slide.name, slide, None, cases[0].genes) for slide in slides]
     rows = []

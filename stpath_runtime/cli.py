@@ -6,23 +6,33 @@ Exit codes: 0 done, 1 a fault of this program, 2 the input or the call is at fau
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import __version__
 from .errors import InputError, InputWarning, ParityError
+from .output import is_prediction, require_writable
 from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from .slide import Slide
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     help="Predict the expression of 38,982 genes at every spot of a pathology slide, with STPath engines.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -69,7 +79,7 @@ def predict(
     from .output import write_h5ad
     from .readers import read_context, read_slide
 
-    targets = _targets(slides, out)
+    targets = _targets(slides, out, context)
     names = _gene_names(genes)
     loaded = Engine.load(engine, backend=backend, device=device)
     if names is not None:
@@ -77,12 +87,21 @@ def predict(
     counts = read_context(context) if context is not None else None
     how: dict[str, Any] = {"context": counts, "attention": attention, "neighbors": neighbors, "embeddings": embeddings}
     how["memory"] = parse_bytes(memory) if memory is not None else None
-    for path, target in zip(slides, targets, strict=True):
+
+    def read(path: Path) -> Slide:
         slide = read_slide(path, organ=organ, technology=tech)
+        loaded.check(slide)
+        return slide
+
+    if len(slides) > 1:  # a fault in the last is found before the first is run
+        for path in slides:
+            read(path)
+    for path, target in zip(slides, targets, strict=True):
+        slide = read(path)
         with progress_bar(path.name) as on_tile:
             adata = loaded.predict(slide, genes=names, **how, on_tile=on_tile)
         write_h5ad(adata, target)
-        typer.echo(f"{target}: {adata.n_obs:,} spots, {adata.n_vars:,} genes")
+        typer.echo(f"{target}: {_describe(adata, slide)}")
 
 
 @app.command()
@@ -145,6 +164,7 @@ def info(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine f
 def _require_png(out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+    require_writable(out)
 
 
 def _whole_numbers(text: str) -> list[int]:
@@ -155,8 +175,33 @@ def _whole_numbers(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def _targets(slides: Sequence[Path], out: Path) -> list[Path]:
-    """The output file of each slide."""
+def _describe(adata: AnnData, slide: Slide) -> str:
+    spots, genes = (
+        f"{n:,} {noun}{'' if n == 1 else 's'}" for n, noun in zip(adata.shape, ("spot", "gene"), strict=True)
+    )
+    return f"{spots}, {genes} ({slide.organ}, {slide.technology or 'unknown technology'})"
+
+
+def _targets(slides: Sequence[Path], out: Path, context: Path | None) -> list[Path]:
+    """The output file of each slide; none of them an input, nor a file that stpath did not write."""
+    targets = _target_names(slides, out)
+    inputs = {path.resolve(): path for path in [*slides, *([context] if context is not None else [])]}
+    if context is not None and len(slides) > 1:
+        raise InputError(f"--context {context}: the counts of one slide, for {len(slides)} slides; run each on its own")
+    for target in targets:
+        if target.resolve() in inputs:
+            raise InputError(f"--out {out}: {target} would overwrite an input; choose another name or folder")
+        if target.exists() and not is_prediction(target):
+            raise InputError(
+                f"--out {out}: {target} exists and is no prediction of stpath; choose another name or folder"
+            )
+        require_writable(target)
+    return targets
+
+
+def _target_names(slides: Sequence[Path], out: Path) -> list[Path]:
+    if out.name in ("", ".h5ad"):
+        raise InputError(f"--out {str(out)!r}: no name; give a .h5ad file or a folder")
     if out.suffix == ".h5ad" and not out.is_dir():
         if len(slides) > 1:
             raise InputError(f"--out {out}: one file for {len(slides)} slides; give a folder")
@@ -175,19 +220,23 @@ def _targets(slides: Sequence[Path], out: Path) -> list[Path]:
 
 def _gene_names(genes: str) -> list[str] | None:
     """Names from A,B,C or a .txt or .json file; None for all."""
-    if genes == "all":
+    if genes.casefold() == "all":
         return None
     path = Path(genes)
     if path.suffix.lower() not in (".txt", ".json"):
+        if path.exists():
+            raise InputError(f"--genes {path}: give names in a .txt file, one a line, or in a .json file")
         names = genes.split(",")
     elif not path.is_file():
         raise InputError(f"--genes {path}: no such file")
     else:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             names = text.splitlines() if path.suffix.lower() == ".txt" else _json_names(text)
-        except ValueError as error:
-            raise InputError(f"--genes {path}: cannot be read ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"--genes {path}: cannot be read ({error}); give one name a line, or a JSON list"
+            ) from error
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise InputError(f"--genes {genes}: names no gene; give A,B,C or a file of names, or leave it out for all")
@@ -214,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # taken anywhere on the line, as users put it last
     given = [word for word in given if word != "--debug"]
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as a cluster or a closed terminal sends: tidy up on the way out
+        signal.signal(ending, _stop)
     try:
         with warnings.catch_warnings():
             if not debug:  # other libraries' notes to their developers are no use to a user
@@ -221,14 +272,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", InputWarning)
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             code = app(given, standalone_mode=False)
+        if code == INTERRUPTED:  # typer takes Ctrl-C itself
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except Exception as error:
         if debug:
             raise
         return _report(error)
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        return 130
+        typer.echo("error: interrupted; nothing half-written is left", err=True)
+        return INTERRUPTED
+
+
+def _stop(number: int, frame: object) -> None:
+    sys.exit(128 + number)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
@@ -241,12 +298,14 @@ def _report(error: Exception) -> int:
         line, code = f"parity failed: {error}", 3
     elif isinstance(error, InputError):
         line, code = str(error), 2
+    elif isinstance(error, typer.TyperException) and not error.format_message():
+        return 2  # no command given: the help was printed
     elif isinstance(error, typer.TyperException):
         line, code = f"{error.format_message().rstrip('.')}; see stpath --help", 2
     elif isinstance(error, OSError):
         line, code = f"{error.filename or 'files'}: {error.strerror or error}", 2
     elif isinstance(error, MemoryError):
-        line, code = f"not enough memory ({error}); ask for fewer genes", 2
+        line, code = f"not enough memory ({error}); ask for fewer genes or smaller slides", 2
     else:
         line, code = (
             f"{type(error).__name__}: {error}; a fault of stpath-engine: run again with --debug and report it",

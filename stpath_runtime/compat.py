@@ -95,10 +95,10 @@ class STPathInference:
         organ = _PUBLISHED_ORGANS.get(organ_type, organ_type) if organ_type is not None else None
         slide = Slide(coords, img_features, organ=organ, technology=tech_type)
         context = None
-        if context_gene_exps is not None:
-            if context_ids is None or context_gene_names is None:
-                raise InputError("context_gene_exps needs context_ids and context_gene_names beside it")
+        if context_ids is not None and context_gene_exps is not None and context_gene_names is not None:
             context = Context(np.asarray(context_ids), context_gene_exps, context_gene_names)
+        elif not (context_ids is None and context_gene_exps is None and context_gene_names is None):
+            raise InputError("give all three of context_ids, context_gene_exps and context_gene_names, or none")
         adata = self.engine.predict(slide, genes=save_gene_names, context=context)
         if save_gene_names is None:
             adata.var_names = adata.var["gene_ids"].astype(object).to_numpy()
@@ -126,8 +126,8 @@ def _exported_once(checkpoint: Path, genes: Path | None) -> Path:
 
 
 def _device(device: int | str) -> str:
-    if isinstance(device, str) and not device.isdigit():
-        return device
+    if not str(device).isdigit():
+        return str(device)
     name = f"cuda:{device}"
     try:
         import onnxruntime

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, InputWarning
-from .slide import Slide
+from .slide import Slide, text
 from .vocabulary import GeneVocabulary
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ class Context:
             If shapes do not fit, a spot is not in the slide or stands twice, no gene is known, or a count is
             negative, NaN or infinite.
         """
-        from scipy.sparse import csr_matrix
-
-        counts = csr_matrix(self.counts, dtype=np.float32)
-        counts.sum_duplicates()
-        ids, genes = list(self.ids), [str(g) for g in self.genes]
+        name = f"context of {slide.name}"
+        if isinstance(self.genes, str) or isinstance(self.ids, str):
+            raise InputError(f"{name}: ids and genes must be lists of names, not one text")
+        counts = _as_csr(self.counts, name)
+        ids, genes = list(np.asarray(self.ids, object).ravel()), [text(gene, name) for gene in self.genes]
         if counts.shape != (len(ids), len(genes)):
             raise InputError(
                 f"context of {slide.name}: counts have the shape {list(counts.shape)}; "
@@ -60,10 +60,10 @@ class Context:
         _check_counts(counts, slide.name)
         found = [vocabulary.find(gene) for gene in genes]
         known = np.flatnonzero([token is not None for token in found])
-        if len(known) == 0 and genes:
+        if len(known) == 0:
+            first = f" (the first is {genes[0]!r})" if genes else ""
             raise InputError(
-                f"context of {slide.name}: none of its {len(genes):,} genes is known to the engine "
-                f"(the first is {genes[0]!r}); give symbols or Ensembl ids"
+                f"{name}: none of its {len(genes):,} genes is known to the engine{first}; give symbols or Ensembl ids"
             )
         if len(known) < len(genes):
             warnings.warn(
@@ -87,7 +87,7 @@ class ContextRows:
 
 def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
     """Positions of context spots in the slide, [C]."""
-    names: list[Any] = [i.decode() if isinstance(i, bytes) else i for i in ids]
+    names: list[Any] = [text(i, f"context of {slide.name}") if isinstance(i, bytes | str) else i for i in ids]
     if all(isinstance(i, str) for i in names):
         where = {barcode: position for position, barcode in enumerate(slide.obs_names)}
         missing = [name for name in names if name not in where]
@@ -105,14 +105,34 @@ def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
     else:
         raise InputError(f"context of {slide.name}: ids must be all barcodes or all integer positions")
     if len(set(spots)) != len(spots):
-        raise InputError(f"context of {slide.name}: a spot stands twice; each context spot needs one row of counts")
+        twice = next(name for name, spot in zip(names, spots, strict=True) if spots.count(spot) > 1)
+        raise InputError(f"context of {slide.name}: spot {twice!r} stands twice; give each one row of counts")
     return np.array(spots, dtype=np.int64)
+
+
+def _as_csr(counts: Any, name: str) -> csr_matrix:
+    """Counts as a sparse matrix of float32, its indices checked (scipy trusts those of a file, and crashes)."""
+    from scipy.sparse import csr_matrix, issparse
+
+    try:
+        if issparse(counts) and hasattr(counts, "check_format"):
+            counts.check_format(full_check=True)
+        elif not issparse(counts):
+            counts = np.asarray(counts)
+        if counts.dtype.kind not in "iufb" or counts.ndim != 2:
+            raise ValueError(f"type {counts.dtype}, shape {list(counts.shape)}")
+        found = csr_matrix(counts, dtype=np.float32)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise InputError(f"{name}: the counts are no matrix [spots, genes] of numbers ({error})") from error
+    found.sum_duplicates()
+    return found
 
 
 def _check_counts(counts: csr_matrix, name: str) -> None:
     values = counts.data
     if not np.isfinite(values).all():
-        raise InputError(f"context of {name}: {int((~np.isfinite(values)).sum()):,} counts are NaN or infinite")
+        bad = int((~np.isfinite(values)).sum())
+        raise InputError(f"context of {name}: {bad:,} counts are NaN or infinite; give raw counts")
     if (values < 0).any():
         raise InputError(
             f"context of {name}: {int((values < 0).sum()):,} counts are negative (lowest {values.min():g}); give raw "

@@ -173,7 +173,15 @@ def encode(
                 k_next[rows], v_next[rows] = kv_next
             tick(rows)
         (k, k_next), (v, v_next) = (k_next, k), (v_next, v)
-    return keys.of_spots(x).astype(np.float32, copy=False)
+    embedding: npt.NDArray[np.float32] = keys.of_spots(x).astype(np.float32, copy=False)
+    finite = np.isfinite(embedding).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"{slide.name}: the model gives NaN or infinity at {int((~finite).sum()):,} spots, the first at spot "
+            f"{int(np.argmin(finite))}; its features are too large, or too "
+            f"large for {precision}"
+        )
+    return embedding
 
 
 def tile_rows(keys: Keys, model: ModelConfig, itemsize: int, memory: int, name: str) -> int:

@@ -58,7 +58,13 @@ class Engine:
         path = Path(path)
         manifest = Manifest.read(path)
         manifest.check_files(path)
-        return cls(path, manifest, GeneVocabulary.read(path / GENES), open_backend(backend, path, device))
+        vocabulary = GeneVocabulary.read(path / GENES)
+        if vocabulary.n_tokens != manifest.model.n_tokens:
+            raise InputError(
+                f"{path}: the model has {manifest.model.n_tokens:,} gene tokens, its vocabulary "
+                f"{vocabulary.n_tokens:,}; export the engine again"
+            )
+        return cls(path, manifest, vocabulary, open_backend(backend, path, device))
 
     def embed(
         self,
@@ -94,16 +100,30 @@ class Engine:
             unknown or lacks its neighbors, or the memory is too small for one tile.
         """
         self._tell_of_approximation(*self._attention(attention, neighbors))
-        expected = self.manifest.model.n_features
-        if slide.features.shape[1] != expected:
-            raise InputError(
-                f"{slide.name}: the features are {slide.features.shape[1]:,} wide; the engine expects {expected:,} "
-                f"({self.manifest.encoder}); compute the features with that encoder"
-            )
+        self.check(slide)
         rows = context.resolve(slide, self.vocabulary) if context is not None else None
         keys = self.keys(slide, attention, neighbors)
         model, precision = self.manifest.model, self.manifest.precision
         return encoder.encode(self.backend, model, precision, slide, keys, rows, memory, on_tile=on_tile)
+
+    def check(self, slide: Slide) -> None:
+        """Check that a slide is one, with features as wide as the engine expects.
+
+        Raises
+        ------
+        InputError
+            If it is not.
+        """
+        if not isinstance(slide, Slide):
+            raise InputError(
+                f"expected a Slide, not {type(slide).__name__}; make one with read_slide(path) or Slide(...)"
+            )
+        width, expected = slide.features.shape[1], self.manifest.model.n_features
+        if width != expected:
+            raise InputError(
+                f"{slide.name}: the features are {width:,} wide; the engine expects {expected:,} "
+                f"({self.manifest.encoder}); compute the features with that encoder"
+            )
 
     def keys(self, slide: Slide, attention: str | None = None, neighbors: int | None = None) -> AllSpots | NearestSpots:
         """How the spots of a slide attend: the keys of `stpath_runtime.encoder`."""
@@ -147,6 +167,7 @@ class Engine:
             If a gene is unknown or the embedding is of another width.
         """
         d_model = self.manifest.model.d_model
+        embedding = np.asarray(embedding)
         if embedding.ndim != 2 or embedding.shape[1] != d_model:
             raise InputError(f"embedding: the shape is {list(embedding.shape)}; this engine's is [N, {d_model}]")
         tokens = self.vocabulary.tokens(genes) if genes is not None else self.vocabulary.all_tokens()
@@ -187,6 +208,8 @@ class Engine:
         InputError
             As `embed` and `decode`, and if no gene is asked for.
         """
+        if isinstance(genes, str):
+            raise InputError(f"genes must be a list of names, not the text {genes!r}; give [{genes!r}]")
         names = None if genes is None else _distinct([str(gene) for gene in genes])
         if names is not None and not names:
             raise InputError("no gene is asked for; name some, or give None for all")
@@ -257,7 +280,5 @@ def _describe(attention: str, neighbors: int) -> str:
 def _distinct(names: list[str]) -> list[str]:
     distinct = list(dict.fromkeys(names))
     if len(distinct) < len(names):
-        warnings.warn(
-            f"{len(names) - len(distinct)} genes are asked for twice; each is given once", InputWarning, stacklevel=3
-        )
+        warnings.warn("some genes are asked for more than once; each is given once", InputWarning, stacklevel=3)
     return distinct

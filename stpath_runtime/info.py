@@ -53,7 +53,9 @@ def print_parity(report: dict[str, Any], console: Any) -> None:
 
 
 def _summary(report: dict[str, Any]) -> str:
-    cases = report["cases"]
+    cases = report.get("cases") or []
+    if not cases:
+        return "not proven"
     worst = max(cases, key=lambda row: row["relative_l2"] / row["bar_l2"])
     pearson = min((row["pearson_min"] for row in cases if row["pearson_min"] is not None), default=None)
     lowest = "" if pearson is None else f", lowest Pearson {pearson:.7f}"

@@ -15,6 +15,7 @@ MANIFEST = "engine.json"
 WEIGHTS = "weights.bin"
 GENES = "genes.tsv.gz"
 ATTENTIONS = ("global", "knn")
+PRECISIONS = ("fp32", "fp16")
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,52 @@ class Manifest:
         """
         path = directory / MANIFEST
         if not path.is_file():
-            why = "no such folder" if not directory.exists() else f"it holds no {MANIFEST}"
+            why = "no such folder" if not directory.exists() else f"it is a folder without {MANIFEST}"
+            why = why if directory.is_dir() or not directory.exists() else "it is a file; give its folder"
             raise InputError(
                 f"{directory}: not an engine ({why}); make one with: stpath export CHECKPOINT --out ENGINE"
             )
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             schema = found["schema"]
-            if isinstance(schema, int) and schema > SCHEMA:
+            if type(schema) is int and schema > SCHEMA:
                 raise InputError(
                     f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this version reads; "
                     "upgrade stpath-engine, or export the engine again with this version"
                 )
             manifest = cls(**{**found, "model": ModelConfig(**found["model"])})
-            types = {field.name: str if field.name == "attention" else int for field in fields(ModelConfig)}
-            if schema != SCHEMA or not all(isinstance(getattr(manifest.model, n), t) for n, t in types.items()):
-                raise TypeError("a field has the wrong type")
-        except (ValueError, KeyError, TypeError) as error:
+            manifest.check()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
         return manifest
+
+    def check(self) -> None:
+        """Check types and values; what a damaged file holds must not be run.
+
+        Raises
+        ------
+        ValueError
+            If a field cannot be.
+        """
+        model = self.model
+        sizes = [getattr(model, f.name) for f in fields(ModelConfig) if f.name not in ("attention", "neighbors")]
+        trained = {"global": model.neighbors == 0, "knn": type(model.neighbors) is int and model.neighbors > 0}
+        named = self.checkpoint | self.versions if _texts(self.checkpoint) and _texts(self.versions) else None
+        checks = {
+            "schema": type(self.schema) is int and self.schema == SCHEMA,
+            "model": all(type(size) is int and size > 0 for size in sizes) and model.d_model % model.n_heads == 0,
+            "attention": trained.get(model.attention, False),
+            "precision": self.precision in PRECISIONS,
+            "opset": type(self.opset) is int,
+            "encoder or created": isinstance(self.encoder, str) and isinstance(self.created, str),
+            "checkpoint or versions": named is not None and {"name", "sha256"} <= set(self.checkpoint),
+            "files": _texts(self.files) and set(self.files) >= {WEIGHTS, GENES, *graph_files(model.n_layers)},
+            "parity": isinstance(self.parity, dict) and self.parity.get("passed", True) is True,
+        }
+        if wrong := [name for name, right in checks.items() if not right]:
+            raise ValueError(f"{wrong[0]} is missing, or not what it can be")
 
     def check_files(self, directory: Path) -> None:
         """Compare every file with its SHA-256.
@@ -102,6 +128,16 @@ class Manifest:
                     f"{path}: truncated or altered (its SHA-256 is not the one in {MANIFEST}); "
                     "copy it again or export the engine again"
                 )
+
+
+def graph_files(n_layers: int) -> list[str]:
+    """Names of an engine's graphs."""
+    blocks = [f"{kind}_{layer}" for kind in ("block", "knn_block") for layer in range(1, n_layers + 1)]
+    return [f"{name}.onnx" for name in ("tokens", "embed", *blocks, "head", "fused", "fused_knn")]
+
+
+def _texts(found: object) -> bool:
+    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
 
 
 def sha256(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,13 @@ import numpy.typing as npt
 
 from .errors import InputError
 from .output import written_whole
+from .vocabulary import nearest_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-COLUMNS = 4  # panels in a row
+MOST_COLUMNS = 4  # panels in a row
+SMALLEST_DOT = 1.3  # points
 PANEL_INCHES = 3.2
 DOTS_PER_INCH = 110
 UNITS = "log1p counts"
@@ -41,18 +44,18 @@ def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = ""
     Raises
     ------
     InputError
-        If a gene is not in the prediction, it has no coordinates, or matplotlib is not installed.
+        If a gene is not in the prediction, its coordinates are not finite, or matplotlib is not installed.
     """
-    if "spatial" not in adata.obsm:
-        raise InputError("the prediction has no obsm['spatial']; give a file that stpath predict wrote")
+    if not np.isfinite(np.asarray(adata.obsm["spatial"], float)).all():
+        raise InputError("the prediction's coordinates in obsm['spatial'] hold NaN or infinity; predict it again")
     columns = {name: i for i, name in enumerate(adata.var.get("gene_ids", adata.var_names))}
     columns |= {name: i for i, name in enumerate(adata.var_names)}
     missing = [gene for gene in genes if gene not in columns]
     if missing:
         shown = ", ".join(map(str, adata.var_names[:5]))
         raise InputError(
-            f"gene {missing[0]!r} is not in the prediction, which has {adata.n_vars:,} genes ({shown}, ...); "
-            "predict it first"
+            f"gene {missing[0]!r} is not in the prediction{nearest_names(missing[0], columns)}, which has "
+            f"{adata.n_vars:,} genes ({shown}, ...); predict it first"
         )
     values = {gene: _dense(adata.X[:, columns[gene]]) for gene in genes}
     draw_maps(np.asarray(adata.obsm["spatial"]), values, path, title)
@@ -65,28 +68,37 @@ def draw_maps(
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    span = np.maximum(np.ptp(coords.astype(float), axis=0), 1e-9)
-    aspect = float(np.clip(span[1] / span[0], 0.4, 2.5))  # height over width of a panel
-    columns = min(COLUMNS, len(values))
+    coords = coords.astype(float)
+    span = np.ptp(coords, axis=0)
+    diameter = _spot_diameter(coords, float(span.max()) or 1.0)
+    # Room for whole spots, and a panel that is no thinner than a fifth of its length.
+    room = np.maximum(diameter, (0.2 * span.max() - span) / 2)
+    low, high = coords.min(axis=0) - room, coords.max(axis=0) + room
+    width, height = high - low
+    scale = PANEL_INCHES / np.sqrt(width * height)  # inches a unit: every panel has the same area
+    columns = _columns(len(values))
     rows = -(-len(values) // columns)
-    head = 0.45 if title else 0.0
-    size = (PANEL_INCHES * 1.22 * columns, PANEL_INCHES * aspect * rows + 0.35 * rows + head)
+    size = (columns * (scale * width + 0.8), rows * (scale * height + 0.4) + (0.4 if title else 0))
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(
+        textwrap.shorten(title, max(20, int(size[0] * 11)), placeholder=" …"), fontsize=11, parse_math=False
+    )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    diameter = _spot_diameter(coords, span) / float(span.max()) * PANEL_INCHES * 72 * min(1.0, max(aspect, 1.0))
+    points = max(diameter * scale * 72, SMALLEST_DOT)
     for axes, (name, value) in zip(panels, values.items(), strict=False):
-        low, high = np.percentile(value, [1, 99])
+        bottom, top = np.percentile(value, [1, 99])
+        if top - bottom < 1e-6:  # a gene that is the same everywhere
+            bottom, top = bottom - 0.5, bottom + 0.5
         drawn = axes.scatter(
-            coords[:, 0], coords[:, 1], c=value, s=diameter**2, cmap="magma", vmin=low, vmax=max(high, low + 1e-6),
+            coords[:, 0], coords[:, 1], c=value, s=points**2, cmap="magma", vmin=bottom, vmax=top,
             linewidths=0, rasterized=True,
         )  # fmt: skip
-        axes.set_title(name, fontsize=11, style="italic")
-        axes.set_aspect("equal")
-        axes.invert_yaxis()
+        axes.set_title(name, fontsize=11, style="italic", parse_math=False)
+        axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal")  # y grows downwards
         axes.set_axis_off()
-        bar = figure.colorbar(drawn, ax=axes, shrink=0.75, pad=0.02)
+        bar = figure.colorbar(drawn, ax=axes, fraction=0.06, pad=0.02, shrink=0.8)
         bar.ax.tick_params(labelsize=8)
+        bar.ax.ticklabel_format(axis="y", useOffset=False)
         bar.outline.set_visible(False)
         bar.set_label(units, fontsize=8)
     for axes in panels[len(values) :]:
@@ -95,14 +107,20 @@ def draw_maps(
         figure.savefig(partial, dpi=DOTS_PER_INCH, format="png", facecolor="white")
 
 
-def _spot_diameter(coords: npt.NDArray[Any], span: npt.NDArray[Any]) -> float:
-    """The usual distance between neighbouring spots, so that discs touch but do not hide each other."""
+def _columns(panels: int) -> int:
+    """Panels in a row: up to 4, so that the last row is as full as can be."""
+    return panels if panels <= MOST_COLUMNS else min((4, 3), key=lambda columns: -panels % columns)
+
+
+def _spot_diameter(coords: npt.NDArray[Any], span: float) -> float:
+    """The usual distance between neighbouring spots, a little more, so that discs touch."""
     from scipy.spatial import KDTree
 
-    if len(coords) < 2:
-        return float(span.max()) / 20
-    distance, _ = KDTree(coords.astype(float)).query(coords[:: max(1, len(coords) // 2000)].astype(float), k=2)
-    return float(min(np.median(np.asarray(distance)[:, 1]) or span.max() / 100, span.max() / 10))
+    distinct = np.unique(coords, axis=0)
+    if len(distinct) < 2:
+        return span / 20
+    distance, _ = KDTree(distinct).query(distinct[:: max(1, len(distinct) // 2000)], k=2)
+    return float(min(1.08 * np.median(np.asarray(distance)[:, 1]), span / 10))
 
 
 def _dense(column: Any) -> npt.NDArray[Any]:

@@ -45,16 +45,19 @@ def read_slide(path: str | Path, *, organ: str | None = None, technology: str | 
             coords = _read(file, path, ("coords",))
             barcodes = _read(file, path, BARCODES)
             found = ", ".join(sorted(file))
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); the file is truncated or damaged") from error
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read, the file is truncated or damaged ({_brief(error)})") from error
     if features is None:
         raise InputError(f"{path}: no features; expected a dataset {_or(FEATURES)}, found: {found or 'nothing'}")
     if coords is None:
         raise InputError(f"{path}: no coordinates; expected a dataset 'coords' [N, 2], found: {found}")
     if features.ndim == 3 and features.shape[0] == 1:
         features = features[0]
-    names = None if barcodes is None else [_text(name, path) for name in barcodes.ravel()]
-    return Slide(coords, features, names, organ, technology, name=str(path))
+    if barcodes is not None and barcodes.dtype.kind not in "SOUiu":
+        raise InputError(f"{path}: the barcodes are of type {barcodes.dtype}; expected text")
+    return Slide(coords, features, barcodes, organ, technology, name=str(path))
 
 
 def read_context(path: str | Path) -> Context:
@@ -79,7 +82,10 @@ def read_prediction(path: str | Path) -> AnnData:
     InputError
         If the file is missing or is not a readable h5ad.
     """
-    return _read_h5ad(path, "a prediction")
+    adata = _read_h5ad(path, "a prediction")
+    if "stpath" not in adata.uns or "spatial" not in adata.obsm or adata.n_obs == 0:
+        raise InputError(f"{path}: no prediction of stpath predict (it has no uns['stpath'] or obsm['spatial'])")
+    return adata
 
 
 def _read_h5ad(path: str | Path, what: str) -> AnnData:
@@ -91,7 +97,7 @@ def _read_h5ad(path: str | Path, what: str) -> AnnData:
     try:
         return anndata.read_h5ad(path)
     except Exception as error:  # anndata raises errors of h5py, pandas and its own on a damaged file
-        raise InputError(f"{path}: cannot be read as h5ad ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: cannot be read as h5ad, {what} ({_brief(error)})") from error
 
 
 def _read(file: h5py.File, path: Path, names: tuple[str, ...]) -> npt.NDArray[Any] | None:
@@ -109,17 +115,17 @@ def _read(file: h5py.File, path: Path, names: tuple[str, ...]) -> npt.NDArray[An
             raise InputError(f"{path}: {name!r} is a group; expected a dataset")
         if dataset.external or dataset.is_virtual:
             raise InputError(f"{path}: {name!r} keeps its data in another file; copy the data into this one")
-        return np.asarray(dataset[()])
+        try:
+            return np.asarray(dataset[()])
+        except MemoryError:
+            raise InputError(f"{path}: {name!r} with the shape {list(dataset.shape)} does not fit in memory") from None
     return None
 
 
-def _text(name: object, path: Path) -> str:
-    if isinstance(name, bytes):
-        try:
-            return name.decode()
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: barcode {name!r} is not text") from None
-    return str(name)
+def _brief(error: Exception) -> str:
+    """Return the first line of an error, short."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 120 else line[:120] + "…"
 
 
 def _or(names: tuple[str, ...]) -> str:

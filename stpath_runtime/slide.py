@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from .vocabulary import ORGANS, TECHNOLOGIES, organ_token, technology_token
 ROWS_AT_ONCE = 65_536  # checking for NaN makes a copy of this many rows at the most
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Slide:
     """Spots of one slide, checked.
 
@@ -25,7 +26,7 @@ class Slide:
     features
         [N, F], pathology features of each spot; float16, float32 or float64.
     barcodes
-        N distinct names of the spots; None means they are numbered from 0.
+        N distinct names of the spots, as text or bytes, also [N, 1]; None means they are numbered from 0.
     organ, technology
         Names as in `stpath_runtime.vocabulary`, whatever their case and punctuation; None means Others and unknown.
     name
@@ -39,7 +40,7 @@ class Slide:
 
     coords: npt.NDArray[np.generic]
     features: npt.NDArray[np.floating]
-    barcodes: Sequence[str] | None = None
+    barcodes: Sequence[str] | npt.NDArray[Any] | None = None
     organ: str | None = None
     technology: str | None = None
     name: str = "slide"
@@ -61,9 +62,11 @@ class Slide:
             features = features.astype(np.float32)
         _check_finite(self.name, "coordinates", coords)
         _check_finite(self.name, "features", features)
-        barcodes = [str(i) for i in range(len(coords))] if self.barcodes is None else [str(b) for b in self.barcodes]
+        barcodes = [str(i) for i in range(len(coords))]
+        if self.barcodes is not None:
+            barcodes = [text(barcode, self.name) for barcode in np.asarray(self.barcodes, object).ravel()]
         if len(barcodes) != len(coords):
-            raise InputError(f"{self.name}: {len(barcodes):,} barcodes for {len(coords):,} spots")
+            raise InputError(f"{self.name}: {len(barcodes):,} barcodes for {len(coords):,} spots; give one a spot")
         if len(set(barcodes)) != len(barcodes):
             raise InputError(f"{self.name}: barcode {_first_repeated(barcodes)!r} stands twice; make them distinct")
         try:
@@ -79,10 +82,14 @@ class Slide:
     def __len__(self) -> int:
         return len(self.coords)
 
+    def __repr__(self) -> str:
+        shape = f"{len(self):,} spots, {self.features.shape[1]:,} features"
+        return f"Slide({self.name!r}, {shape}, organ={self.organ!r}, technology={self.technology!r})"
+
     @property
     def obs_names(self) -> list[str]:
         """Names of the spots: the barcodes, or their numbers."""
-        return list(self.barcodes or ())
+        return list(self.barcodes) if self.barcodes is not None else []
 
     @property
     def organ_token(self) -> int:
@@ -106,8 +113,26 @@ class Slide:
         return normalized
 
 
+def text(name: object, of: str) -> str:
+    """Return a name of a spot or gene as text; bytes are decoded.
+
+    Raises
+    ------
+    InputError
+        If it is no text, or holds a character that no file keeps.
+    """
+    if isinstance(name, bytes):
+        try:
+            name = name.decode()
+        except UnicodeDecodeError:
+            raise InputError(f"{of}: the name {name!r} is not text in UTF-8") from None
+    if not isinstance(name, str | int | np.integer) or "\0" in str(name):
+        raise InputError(f"{of}: {name!r} is not a name; give text")
+    return str(name)
+
+
 def _check_numbers(name: str, what: str, array: npt.NDArray[np.generic], shape: str) -> None:
-    if array.dtype.kind not in "iuf":
+    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
         raise InputError(f"{name}: {what} are of type {array.dtype}; expected numbers")
     if array.ndim != 2:
         raise InputError(f"{name}: {what} have the shape {list(array.shape)}; expected {shape}")
@@ -118,15 +143,17 @@ def _check_finite(name: str, what: str, array: npt.NDArray[np.generic]) -> None:
         return
     count, first = 0, -1
     for start in range(0, len(array), ROWS_AT_ONCE):
-        bad = ~np.isfinite(array[start : start + ROWS_AT_ONCE])
+        # In the model's type: a finite float64 may be infinite there.
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(array[start : start + ROWS_AT_ONCE].astype(np.float32))
         rows = np.flatnonzero(bad.any(axis=1))
         count += int(bad.sum())
         if first < 0 and len(rows):
             first = start + int(rows[0])
     if count:
-        noun = "value is" if count == 1 else "values are"
+        verb = "value of the {} is" if count == 1 else "values of the {} are"
         raise InputError(
-            f"{name}: {count:,} of the {what}' {noun} NaN or infinite, the first at spot {first}; "
+            f"{name}: {count:,} {verb.format(what)} NaN or infinite (in float32), the first at spot {first}; "
             "drop those spots or compute them again"
         )
 

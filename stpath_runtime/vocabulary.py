@@ -21,6 +21,7 @@ from .errors import InputError
 PAD_TOKEN, MASK_TOKEN, FIRST_GENE_TOKEN = 0, 1, 2
 PUBLISHED_GENES = "stpath_genes.tsv.gz"
 COLUMNS = ("token_id", "ensembl_id", "species", "symbol", "other_symbols")
+ENSEMBL_ID = re.compile(r"^ENS[A-Z]*G\d+$")
 ENSEMBL_VERSION = re.compile(r"^(ENS[A-Z]*G\d+)\.\d+$")
 
 ORGANS = (
@@ -109,11 +110,11 @@ class GeneVocabulary:
         if not path.is_file():
             raise InputError(f"{path}: no such gene vocabulary file")
         try:
-            if path.suffix == ".json":
-                return cls._from_symbol_table(json.loads(path.read_text(encoding="utf-8")), path)
+            if path.suffix.lower() == ".json":
+                return cls._from_symbol_table(_read_json_object(path), path)
             raw = path.read_bytes()
             return cls._from_tsv((gzip.decompress(raw) if path.suffix == ".gz" else raw).decode())
-        except (ValueError, KeyError, OSError, EOFError) as error:
+        except (ValueError, KeyError, OSError, EOFError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -124,9 +125,11 @@ class GeneVocabulary:
     def _from_symbol_table(cls, table: object, path: Path) -> GeneVocabulary:
         if not isinstance(table, dict) or not table:
             raise InputError(f"{path}: not a gene vocabulary; expected a JSON object of symbol -> Ensembl id")
-        wrong = next(((k, v) for k, v in table.items() if not isinstance(v, str) or not v), None)
-        if wrong is not None:
-            raise InputError(f"{path}: symbol {wrong[0]!r} has the id {wrong[1]!r}; every value must be an Ensembl id")
+        for symbol, gene in table.items():
+            if not isinstance(gene, str) or not ENSEMBL_ID.match(gene):
+                raise InputError(f"{path}: symbol {symbol!r} has the id {gene!r}; every value must be an Ensembl id")
+            if not symbol.strip() or not symbol.isprintable():
+                raise InputError(f"{path}: the symbol {symbol!r} of {gene} is no name; rename it")
         names: dict[str, list[str]] = {gene: [] for gene in sorted(set(table.values()))}
         for symbol, gene in table.items():
             names[gene].append(symbol)
@@ -181,11 +184,13 @@ class GeneVocabulary:
         InputError
             If a name is unknown; the message gives the nearest ones.
         """
+        if isinstance(names, str):
+            raise InputError(f"genes must be a list of names, not the text {names!r}; give [{names!r}]")
         names = [str(name) for name in names]
         found = [self.find(name) for name in names]
         unknown = [name for name, token in zip(names, found, strict=True) if token is None]
         if unknown:
-            shown = "; ".join(f"{name!r}{_nearest(name, self._candidates(name))}" for name in unknown[:5])
+            shown = "; ".join(f"{name!r}{nearest_names(name, self._candidates(name))}" for name in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             noun = "gene" if len(unknown) == 1 else f"{len(unknown)} of {len(names)} genes"
             raise InputError(
@@ -210,6 +215,19 @@ class GeneVocabulary:
         """Names near enough in length and start to be worth comparing."""
         start = name[:1].lower()
         return [n for n in self._token if n[:1].lower() == start and abs(len(n) - len(name)) <= 2]
+
+
+def _read_json_object(path: Path) -> object:
+    """Read JSON; a key that stands twice with two values is an error, where Python would keep the last."""
+
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        table: dict[str, object] = {}
+        for key, value in pairs:
+            if table.setdefault(key, value) != value:
+                raise InputError(f"{path}: {key!r} stands twice, with {table[key]!r} and {value!r}; keep one")
+        return table
+
+    return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
 
 
 @cache
@@ -251,7 +269,7 @@ def _lookup(kind: str, name: str, tokens: Sequence[str], table: Mapping[str, int
     token = table.get(_plain(name))
     if token is None:
         known = [t for t in tokens if not t.startswith("<")]
-        near = _nearest(_plain(name), [_plain(t) for t in known], {_plain(t): t for t in known})
+        near = nearest_names(_plain(name), [_plain(t) for t in known], {_plain(t): t for t in known})
         raise InputError(f"unknown {kind} {name!r}{near}; known: {', '.join(known)}")
     return token
 
@@ -273,7 +291,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name).casefold()
 
 
-def _nearest(name: str, candidates: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
+def nearest_names(name: str, candidates: Iterable[str], shown: Mapping[str, str] | None = None) -> str:
     """' (did you mean A, B?)' for the nearest candidates, or ''."""
     by_case = {candidate.casefold(): candidate for candidate in candidates}
     near = [by_case[n] for n in difflib.get_close_matches(name.casefold(), by_case, n=3, cutoff=0.6)]

@@ -6,6 +6,7 @@ How a model was trained to attend shows in no weight: a safetensors file says it
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from stpath_runtime.errors import InputError
 from stpath_runtime.manifest import ATTENTIONS, ModelConfig
 from stpath_runtime.output import written_whole
+from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES
 
 from .model import STPath
 
@@ -82,6 +84,10 @@ def config_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], name: 
         raise InputError(
             f"{name}: not a checkpoint of STPath (width {d_model} does not divide by {config.n_heads} heads)"
         )
+    known = {"organs": (config.n_organs, len(ORGANS)), "technologies": (config.n_technologies, len(TECHNOLOGIES))}
+    for what, (found, expected) in known.items():
+        if found != expected:
+            raise InputError(f"{name}: the checkpoint has {found} {what}; STPath has {expected}")
     return config
 
 
@@ -124,12 +130,18 @@ def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle, zipfile and safetensors each raise their own
-        raise InputError(
-            f"{path}: cannot be read as a state_dict of tensors ({_brief(error)}); give STPath's stfm.pth or a "
-            ".safetensors file"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        # torch's own words advise to unpickle freely: they are left out, and shown by --debug.
+        refused = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
+        why = "it holds more than tensors, and nothing else is unpickled" if refused else "damaged, or another format"
+        raise InputError(f"{path}: no state_dict of tensors ({why}); give stfm.pth or a .safetensors file") from error
+    tensors = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
+    if not tensors or not all(isinstance(key, str) for key in weights):
         raise InputError(f"{path}: not a plain state_dict; expected keys such as 'model.blks.0.attn.W_output.0.weight'")
+    for key, value in weights.items():
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            raise InputError(f"{path}: {key} is of type {value.dtype}, {value.layout}; expected dense floats")
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: {key} holds NaN or infinity; the checkpoint is of a training run that failed")
     return weights, metadata
 
 

@@ -35,14 +35,16 @@ def slide_inputs(
         counts = torch.from_numpy(rows.log_counts.toarray()).to(dtype)
         tokens = ContextTokens(torch.from_numpy(rows.spots), torch.from_numpy(rows.tokens), counts)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    return {
+    inputs: dict[str, Any] = {
         "features": torch.from_numpy(slide.features).to(dtype),
         "coords": torch.from_numpy(slide.normalized_coords()).to(exact),
         "organ": torch.full((len(slide),), slide.organ_token),
         "technology": torch.full((len(slide),), slide.technology_token),
         "context": tokens,
-        "edge_index": None if neighbors is None else knn_edges([slide.coords], neighbors),
     }
+    if neighbors is not None:
+        inputs["edge_index"] = knn_edges([slide.coords], neighbors)
+    return inputs
 
 
 def knn_edges(slides: Sequence[npt.NDArray[np.generic]], neighbors: int) -> Tensor:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from helpers import GOLDEN_CASES, Golden, load_golden, write_symbol_table
+from stpath_export.exporter import export_engine
 from stpath_train.checkpoint import save_checkpoint
 
 
@@ -23,34 +27,52 @@ def tiny() -> Golden:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tiny, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pth"
-    torch.save(tiny.model.state_dict(), path)
-    return path
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Make a folder once for all processes of the run: exports are what the tests take their time for."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    shared = tmp_path_factory.getbasetemp().parent / run if run else tmp_path_factory.mktemp("shared")
+    shared.mkdir(exist_ok=True)
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")
-def tiny_genes(tiny, tmp_path_factory) -> Path:
-    return write_symbol_table(tiny.vocabulary, tmp_path_factory.mktemp("genes") / "symbol2ensembl.json")
+def tiny_checkpoint(tiny, made_once) -> Path:
+    fill = lambda folder: torch.save(tiny.model.state_dict(), folder / "tiny.pth")  # noqa: E731
+    return made_once("tiny_checkpoint", fill) / "tiny.pth"
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(tiny_checkpoint, tiny_genes, tmp_path_factory) -> Path:
-    """An engine directory of the tiny model, fp32, proven."""
-    from stpath_export.exporter import export_engine
-
-    out = tmp_path_factory.mktemp("engines") / "tiny"
-    export_engine(tiny_checkpoint, out, tiny_genes)
-    return out
+def tiny_genes(tiny, made_once) -> Path:
+    fill = lambda folder: write_symbol_table(tiny.vocabulary, folder / "symbol2ensembl.json")  # noqa: E731
+    return made_once("tiny_genes", fill) / "symbol2ensembl.json"
 
 
 @pytest.fixture(scope="session")
-def golden_engine(golden, tmp_path_factory) -> Path:
+def tiny_engine(made_once) -> Path:
+    """An engine directory of the tiny model with context, fp32, proven."""
+    return _golden_engine(load_golden("tiny_context"), made_once)
+
+
+@pytest.fixture(scope="session")
+def golden_engine(golden, made_once) -> Path:
     """An engine directory of a golden case's model, fp32, proven."""
-    from stpath_export.exporter import export_engine
+    return _golden_engine(golden, made_once)
 
-    folder = tmp_path_factory.mktemp(golden.name)
-    save_checkpoint(golden.model, folder / "model.safetensors")
-    genes = write_symbol_table(golden.vocabulary, folder / "symbol2ensembl.json")
-    export_engine(folder / "model.safetensors", folder / "engine", genes)
-    return folder / "engine"
+
+def _golden_engine(golden: Golden, made_once) -> Path:
+    def fill(folder: Path) -> None:
+        save_checkpoint(golden.model, folder / "model.safetensors")
+        genes = write_symbol_table(golden.vocabulary, folder / "symbol2ensembl.json")
+        export_engine(folder / "model.safetensors", folder / "engine", genes)
+
+    return made_once(golden.name, fill) / "engine"

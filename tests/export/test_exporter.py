@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from stpath_export import exporter, proof
 from stpath_export.exporter import export_engine
 from stpath_export.stages import graphs
 from stpath_runtime import Engine, InputError, ParityError
+from stpath_runtime.manifest import Manifest
 from stpath_train.inputs import slide_inputs
 
 
@@ -82,21 +84,24 @@ def test_half_precision_engine(tiny, tiny_checkpoint, tiny_genes, tmp_path):
     assert (tmp_path / "e" / "weights.bin").stat().st_size < 0.6 * float32
 
 
-def test_an_engine_below_the_bar_is_not_published(tiny_checkpoint, tiny_genes, tmp_path, monkeypatch):
-    real = exporter.graphs
+def test_an_engine_below_the_bar_is_not_published(tiny_engine, tiny_checkpoint, tiny_genes, tmp_path, monkeypatch):
+    def slightly_wrong(model, vocabulary, directory, precision, checkpoint, on_step=None):
+        shutil.copytree(tiny_engine, directory, dirs_exist_ok=True)
+        model.model.blks[1].mlp.fc2.weight.data *= 1.001  # the reference is no longer what was exported
+        return Manifest.read(directory)
 
-    def slightly_wrong(model):
-        model.model.blks[1].mlp.fc2.weight.data *= 1.001
-        return real(model)
-
-    monkeypatch.setattr(exporter, "graphs", slightly_wrong)
+    monkeypatch.setattr(exporter, "write_engine", slightly_wrong)
     with pytest.raises(ParityError, match=r"58 of 58 comparisons miss the bar.*relative L2"):
         export_engine(tiny_checkpoint, tmp_path / "e", tiny_genes)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_crash_leaves_nothing(tiny_checkpoint, tiny_genes, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporter, "prove", lambda *_: 1 / 0)
+    def crash(model, vocabulary, directory, *_):
+        vocabulary.write(directory / "genes.tsv.gz")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(exporter, "write_engine", crash)
     with pytest.raises(ZeroDivisionError):
         export_engine(tiny_checkpoint, tmp_path / "e", tiny_genes)
     assert list(tmp_path.iterdir()) == []

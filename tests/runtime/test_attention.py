@@ -18,6 +18,7 @@ from stpath_runtime.cli import main
 from stpath_runtime.errors import InputWarning
 from stpath_runtime.fidelity import measure_fidelity
 from stpath_runtime.memory import parse_bytes
+from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.inputs import slide_inputs
 
 FP32_BAR = 1e-5
@@ -111,14 +112,14 @@ def test_a_model_trained_with_knn_attends_so_by_default(tiny, tiny_genes, tmp_pa
     from stpath_export.exporter import export_engine
     from stpath_train import load_checkpoint, save_checkpoint
 
-    model = copy.deepcopy(tiny.model)
-    model.config = dataclasses.replace(model.config, attention="knn", neighbors=6)
+    config = dataclasses.replace(tiny.model.config, n_layers=1, attention="knn", neighbors=6)
+    model = seeded_checkpoint(config, 0)
     save_checkpoint(model, tmp_path / "knn.safetensors")
     assert load_checkpoint(tmp_path / "knn.safetensors").config == model.config
     export_engine(tmp_path / "knn.safetensors", tmp_path / "engine", tiny_genes)
     engine = Engine.load(tmp_path / "engine")
     slide = random_slide(200, 5)
-    assert relative_l2(engine.embed(slide), message_passing(tiny.model, slide, engine.vocabulary, 6)) <= FP32_BAR
+    assert relative_l2(engine.embed(slide), message_passing(model, slide, engine.vocabulary, 6)) <= FP32_BAR
     assert engine.predict(slide, genes=["GENE1"]).uns["stpath"]["neighbors"] == 6
     with pytest.warns(InputWarning, match="global attention on a model trained with knn attention to 6 spots"):
         engine.embed(slide, attention="global")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import anndata
 import h5py
@@ -83,7 +85,8 @@ def test_predict_all_genes_and_a_text_panel(slide_file, tiny_engine, stpath, tmp
     panel = tmp_path / "panel.txt"
     panel.write_text("GENE9\n\nENSG00000000011\n")
     for genes, count in ((["--genes", panel], 2), ([], 200), (["--genes", "all"], 200)):
-        assert stpath("predict", slide_file, "--engine", tiny_engine, "--out", tmp_path / "p.h5ad", *genes)[0] == 0
+        code, printed, _ = stpath("predict", slide_file, "--engine", tiny_engine, "--out", tmp_path / "p.h5ad", *genes)
+        assert (code, printed) == (0, f"{tmp_path}/p.h5ad: 61 spots, {count} genes (Others, unknown technology)\n")
         assert anndata.read_h5ad(tmp_path / "p.h5ad").n_vars == count
 
 
@@ -120,8 +123,8 @@ def faulty(tmp_path, slide_file):
         ("no coordinates", ["no coordinates"]),
         ("lengths", ["61 rows of features but 60 of coordinates"]),
         ("width", ["50 wide", "expects 96", "encoder"]),
-        ("nan features", ["1 of the features", "first at spot 7"]),
-        ("infinite coords", ["2 of the coordinates", "first at spot 9"]),
+        ("nan features", ["1 value of the features is NaN", "first at spot 7"]),
+        ("infinite coords", ["2 values of the coordinates are", "first at spot 9"]),
     ],
 )
 def test_a_faulty_slide_is_one_line_and_nothing_is_written(fault, words, faulty, tiny_engine, stpath, tmp_path):
@@ -156,10 +159,65 @@ def test_a_fault_in_the_call_is_one_line(slide_file, tiny_engine, stpath, tmp_pa
     assert_refused(predict("--gens", "GENE1"), "--gens")
     assert_refused(stpath("predict", slide_file, "--out", tmp_path), "--engine")
     assert_refused(stpath("predikt"), "predikt")
+    assert_refused(predict(out=Path()), "no name")
+    assert_refused(predict(out=Path("/proc/x.h5ad")), "/proc/x.h5ad: cannot be written")
+    assert_refused(predict(out=slide_file.with_suffix(".h5ad").parent / "s1.h5"), "ends in .h5ad")
+    table = tmp_path / "genes.csv"
+    table.write_text("GENE1")
+    assert_refused(predict("--genes", table), "genes.csv", ".txt")
+    table.unlink()
     two = ["predict", slide_file, slide_file, "--engine", tiny_engine, "--out"]
     assert_refused(stpath(*two, tmp_path / "p.h5ad"), "one file for 2 slides")
     assert_refused(stpath(*two, tmp_path / "out"), "both be written")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "text.h5"]
+
+
+def test_an_input_is_never_overwritten(tiny, slide_file, tiny_engine, stpath, tmp_path):
+    _, slide, context = tiny.slides()[0]
+    features, counts = write_slide(slide, tmp_path / "INT2.h5"), write_context(context, tmp_path / "INT2.h5ad")
+    before = counts.read_bytes()
+    words = ["predict", features, "--engine", tiny_engine, "--genes", "GENE1", "--out"]
+    assert_refused(stpath(*words, tmp_path, "--context", counts), "INT2.h5ad would overwrite an input")
+    assert_refused(stpath(*words, tmp_path), "INT2.h5ad exists and is no prediction")
+    assert counts.read_bytes() == before
+    for _ in range(2):  # a prediction of before is written anew
+        assert stpath(*words, tmp_path / "pred.h5ad")[0] == 0
+    link = tmp_path / "link.h5ad"
+    link.symlink_to(features)
+    assert_refused(stpath(*words, link), "would overwrite an input")
+
+
+def test_all_slides_are_checked_before_the_first_is_run(faulty, slide_file, tiny_engine, stpath, tmp_path):
+    out = tmp_path / "out"
+    assert_refused(
+        stpath("predict", slide_file, faulty("width"), "--engine", tiny_engine, "--out", out, "--genes", "GENE1"),
+        "width.h5",
+    )
+    assert not out.exists()
+    context = ["--context", tmp_path / "c.h5ad"]
+    assert_refused(
+        stpath("predict", slide_file, faulty("x"), "--engine", tiny_engine, "--out", out, *context), "one slide"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(number, slide_file, tiny_engine, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    code = f"""
+import os, sys, anndata
+from stpath_runtime.cli import main
+def write(adata, path):
+    path.write_bytes(b"half")
+    os.kill(os.getpid(), {int(number)})
+anndata.AnnData.write_h5ad = write
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ["predict", str(slide_file), "--engine", str(tiny_engine), "--out", str(out / "p.h5ad")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 128 + number
+    assert "Traceback" not in done.stderr
+    assert list(out.iterdir()) == []
 
 
 def test_context_barcodes_that_are_not_in_the_slide(tiny, slide_file, tiny_engine, stpath, tmp_path):
@@ -198,7 +256,7 @@ def test_a_failed_write_leaves_no_file(slide_file, tiny_engine, stpath, monkeypa
 
     monkeypatch.setattr(anndata.AnnData, "write_h5ad", full_disk)
     result = stpath("predict", slide_file, "--engine", tiny_engine, "--out", tmp_path / "p.h5ad")
-    assert_refused(result, "No space left on device")
+    assert_refused(result, "p.h5ad: cannot be written (No space left on device)")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,7 +286,9 @@ def test_export_verify_and_their_faults(tiny, tiny_checkpoint, tiny_genes, slide
     assert_refused(stpath("export", tiny_checkpoint, "--out", new, "--genes", short), "202 gene tokens", "100")
     pickle = tmp_path / "p.pth"
     torch.save({"a": Ellipsis, "b": print}, pickle)
-    assert_refused(stpath("export", pickle, "--out", new), "p.pth")
+    refused = stpath("export", pickle, "--out", new)
+    assert_refused(refused, "p.pth", "more than tensors")
+    assert "weights_only" not in refused[2]
     assert not new.exists()
 
     other = {key: value + 0.01 for key, value in tiny.model.state_dict().items()}
@@ -248,6 +308,7 @@ def test_plot(slide_file, tiny_engine, stpath, tmp_path):
     assert_refused(stpath("plot", prediction, "FOO", "--out", tmp_path / "x.png"), "'FOO' is not in the prediction")
     assert_refused(stpath("plot", prediction, "GENE3", "--out", tmp_path / "x.pdf"), ".png")
     assert_refused(stpath("plot", slide_file, "GENE3", "--out", tmp_path / "x.png"), "s1.h5")
+    assert_refused(stpath("plot", prediction, "gene3", "--out", tmp_path / "x.png"), "did you mean GENE3")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["maps.png", "p.h5ad"]
 
 

@@ -77,7 +77,7 @@ def test_ovary_is_others_as_published(agent, tiny):
 
 def test_faults(agent, tiny, tiny_genes, tmp_path):
     coords, features = tiny.arrays["coords"], tiny.features
-    with pytest.raises(InputError, match="needs context_ids"):
+    with pytest.raises(InputError, match="all three"):
         agent.inference(coords, features, context_gene_exps=np.ones((1, 1)))
     with pytest.raises(InputError, match="unknown gene"):
         agent.inference(coords, features, save_gene_names=["FOO"])

@@ -43,6 +43,14 @@ def test_spots_by_barcode_and_by_position_are_the_same():
     assert by_name.spots.tolist() == by_position.spots.tolist() == [4, 1]
 
 
+def test_damaged_sparse_counts_are_refused_and_do_not_crash():
+    for indices in ([4_000_000], [-1]):
+        counts = sparse.csr_matrix(np.array([[0, 1.0]]))
+        counts.indices[:] = indices
+        with pytest.raises(InputError, match="no matrix"):
+            Context([0], counts, ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
+
+
 def test_unknown_genes_of_a_context_are_left_out_with_a_warning():
     with pytest.warns(InputWarning, match="1 of 3 genes"):
         rows = Context([0], np.array([[1, 2, 3]]), ["GENE0", "MT-XYZ", "GENE3"]).resolve(SLIDE, GENES)
@@ -68,6 +76,10 @@ def test_counts_that_look_log_transformed_warn():
         ([0], [[-1.0]], ["GENE0"], "negative"),
         ([0], [[np.nan]], ["GENE0"], "NaN"),
         ([0], [[1.0]], ["FOO"], "none of its 1 genes"),
+        ([0], np.zeros((1, 0)), [], "none of its 0 genes"),
+        ([0], [["many"]], ["GENE0"], "no matrix"),
+        ([0], [[1j]], ["GENE0"], "no matrix"),
+        ([0], [[1.0]] * 5, "GENE0", "not one text"),
     ],
 )
 def test_a_faulty_context_is_refused(ids, counts, genes, message):

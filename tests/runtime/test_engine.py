@@ -167,7 +167,7 @@ def test_context_without_spots_is_no_context(engine, slide):
 
 
 def test_a_gene_asked_for_twice_is_given_once(engine, slide):
-    with pytest.warns(InputWarning, match="twice"):
+    with pytest.warns(InputWarning, match="more than once"):
         assert list(engine.predict(slide, genes=["GENE1", "GENE2", "GENE1"]).var_names) == ["GENE1", "GENE2"]
 
 
@@ -180,6 +180,19 @@ def test_bad_calls_are_refused(engine, slide):
         engine.predict(Slide(np.ones((2, 2)), np.ones((2, 3), np.float32)))
     with pytest.raises(InputError, match=r"\[2, 3\]; this engine's is \[N, 64\]"):
         engine.decode(np.ones((2, 3)))
+
+
+def test_features_beyond_the_model_are_refused_and_not_predicted_as_nan(engine):
+    huge = Slide(np.arange(6).reshape(3, 2), np.array([[1.0], [3.4e38], [1.0]], np.float32).repeat(96, axis=1))
+    with pytest.raises(InputError, match="gives NaN or infinity"):
+        engine.predict(huge, genes=["GENE1"])
+
+
+def test_calls_of_the_wrong_type_are_refused(engine, slide):
+    with pytest.raises(InputError, match="must be a list"):
+        engine.predict(slide, genes="GENE1")
+    with pytest.raises(InputError, match="expected a Slide, not str"):
+        engine.predict("slide.h5")
 
 
 def test_backends_and_devices_that_are_not_there_are_refused(tiny_engine):
@@ -206,7 +219,7 @@ def test_a_session_that_fell_back_to_the_cpu_is_refused(tiny_engine, monkeypatch
 def test_no_engine(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         Engine.load(tmp_path / "missing")
-    with pytest.raises(InputError, match="holds no engine.json"):
+    with pytest.raises(InputError, match="without engine.json"):
         Engine.load(tmp_path)
 
 
@@ -227,6 +240,29 @@ def test_a_newer_schema_is_refused(engine_copy):
     path = engine_copy / "engine.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99, "sharding": "new"}))
     with pytest.raises(InputError, match="schema 99 is newer"):
+        Engine.load(engine_copy)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("schema", value) for value in (0, True, "1", None)),
+        *(("precision", value) for value in ("int4", None)),
+        *(("files", value) for value in ({}, [], {"weights.bin": "x"})),
+        *(("checkpoint", value) for value in ({}, "x", {"name": 3})),
+        *(("parity", value) for value in (None, {"passed": False})),
+        ("versions", None),
+        ("created", 5),
+        *(("model", change) for change in ({"n_layers": 0}, {"n_layers": 9}, {"n_heads": 7}, {"d_model": -1})),
+        *(("model", change) for change in ({"attention": "local"}, {"attention": "knn"}, {"neighbors": 4})),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(engine_copy, field, value):
+    path = engine_copy / "engine.json"
+    found = json.loads(path.read_text())
+    found[field] = {**found["model"], **value} if field == "model" else value
+    path.write_text(json.dumps(found))
+    with pytest.raises(InputError, match="damaged engine manifest"):
         Engine.load(engine_copy)
 
 

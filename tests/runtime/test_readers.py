@@ -53,6 +53,8 @@ def test_layouts(layout, tmp_path):
         ({}, "found: nothing"),
         ({"features": FEATURES, "coords": COORDS[:3]}, "5 rows of features but 3 of coordinates"),
         ({"features": FEATURES, "coords": COORDS, "barcodes": [b"\xff\xfe"] * 5}, "not text"),
+        ({"features": FEATURES, "coords": COORDS, "barcodes": np.zeros(5, [("a", int)])}, "expected text"),
+        ({"features": FEATURES, "coords": h5py.SoftLink("/nowhere")}, "truncated or damaged"),
         ({"features/inner": FEATURES, "coords": COORDS}, "'features' is a group"),
         ({"features": FEATURES, "coords": h5py.ExternalLink("other.h5", "/coords")}, "link to another file"),
     ],

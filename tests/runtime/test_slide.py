@@ -50,6 +50,13 @@ def test_features_of_any_float_type(dtype):
     assert slide(features=np.ones((4, 3), dtype)).features.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "barcodes", [list("abcd"), [b"a", b"b", b"c", b"d"], np.array([[b"a"], [b"b"], [b"c"], [b"d"]])]
+)
+def test_barcodes_of_text_or_bytes(barcodes):
+    assert slide(barcodes=barcodes).obs_names == list("abcd")
+
+
 def test_names_take_their_usual_spelling():
     found = slide(organ="kidney", technology="visium-hd")
     assert (found.organ, found.technology, found.barcodes) == ("Kidney", "Visium HD", ["0", "1", "2", "3"])
@@ -63,8 +70,11 @@ def test_names_take_their_usual_spelling():
         ({"coords": np.ones((4, 3))}, r"\[4, 3\]"),
         ({"coords": np.ones(4)}, r"shape \[4\]"),
         ({"coords": np.array([["a", "b"]] * 4)}, "expected numbers"),
-        ({"features": np.full((4, 3), np.nan)}, "12 of the features' values are NaN or infinite, the first at spot 0"),
-        ({"coords": np.array([[0, 1], [1, 2], [np.inf, 2], [3, 3]])}, "1 of the coordinates' value is .* spot 2"),
+        ({"features": np.full((4, 3), np.nan)}, "12 values of the features are NaN or infinite .* the first at spot 0"),
+        ({"coords": np.array([[0, 1], [1, 2], [np.inf, 2], [3, 3]])}, "1 value of the coordinates is .* spot 2"),
+        ({"features": np.full((4, 3), 1e300)}, "NaN or infinite .in float32"),
+        ({"coords": np.full((4, 2), 1e300)}, "NaN or infinite .in float32"),
+        ({"barcodes": ["a", "b", "c", "d\0"]}, "not a name"),
         ({"barcodes": ["a", "b"]}, "2 barcodes for 4 spots"),
         ({"barcodes": ["a", "b", "c", "b"]}, "'b' stands twice"),
         ({"organ": "Kidny"}, "did you mean Kidney"),

@@ -47,6 +47,11 @@ def test_unknown_genes_are_named_with_the_nearest():
         GeneVocabulary.published().tokens(["epcam"])
 
 
+def test_a_byte_order_mark_is_no_part_of_a_symbol_table(tmp_path):
+    (tmp_path / "genes.JSON").write_text('{"A": "ENSG1"}', encoding="utf-8-sig")
+    assert GeneVocabulary.read(tmp_path / "genes.JSON").tokens(["A"]).tolist() == [2]
+
+
 def test_symbol_table_ranks_its_sorted_ids(tmp_path):
     table = {"B": "ENSG2", "A": "ENSG3", "C": "ENSG1", "B-alias": "ENSG2"}
     path = tmp_path / "symbol2ensembl.json"
@@ -61,7 +66,19 @@ def test_symbol_table_ranks_its_sorted_ids(tmp_path):
     assert (again.ensembl_ids, again.symbols, again.aliases) == (genes.ensembl_ids, genes.symbols, genes.aliases)
 
 
-@pytest.mark.parametrize("text", ["[1, 2]", "{}", '{"A": null}', "not json", '{"A": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1, 2]",
+        "{}",
+        '{"A": null}',
+        "not json",
+        '{"A": 3}',
+        '{"ENSG1": "A"}',
+        '{"A": "ENSG1", "A": "ENSG2"}',
+        '{"": "ENSG1"}',
+    ],
+)
 def test_a_file_that_is_no_symbol_table_is_refused(text, tmp_path):
     path = tmp_path / "genes.json"
     path.write_text(text)

@@ -67,10 +67,15 @@ def test_nothing_is_unpickled_freely(tmp_path):
         (lambda w: w.update({"gene_exp_head.1.weight": torch.ones(3, 64)}), "not a checkpoint of STPath"),
         (lambda w: w.update({"model.blks.0.attn.edge_bias.0.weight": torch.ones(5, 3)}), "does not divide by 5 heads"),
         (lambda w: w.update(epoch=3), "not a plain state_dict"),
+        (lambda w: w.update({3: torch.ones(1)}), "not a plain state_dict"),
+        (lambda w: w["gene_exp_head.1.bias"].fill_(torch.nan), "gene_exp_head.1.bias holds NaN"),
+        (lambda w: w.update({"gene_exp_head.1.bias": torch.ones(202, dtype=torch.int64)}), "int64"),
+        (lambda w: w.update({"gene_exp_head.1.bias": torch.ones(202).to_sparse()}), "sparse"),
+        (lambda w: w.update({"input_encoder.organ_embed.weight": torch.ones(10, 64)}), "10 organs; STPath has 25"),
     ],
 )
 def test_a_state_dict_of_another_model_is_refused(change, message, tiny, tmp_path):
-    weights = dict(tiny.model.state_dict())
+    weights = {key: value.clone() for key, value in tiny.model.state_dict().items()}
     change(weights)
     torch.save(weights, tmp_path / "m.pth")
     with pytest.raises(InputError, match=message):
@@ -82,8 +87,8 @@ def test_a_missing_or_truncated_file_is_refused(tiny, tmp_path):
         load_checkpoint(tmp_path / "missing.pth")
     torch.save(tiny.model.state_dict(), tmp_path / "m.pth")
     (tmp_path / "m.pth").write_bytes((tmp_path / "m.pth").read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no state_dict of tensors"):
         load_checkpoint(tmp_path / "m.pth")
     (tmp_path / "m.safetensors").write_bytes(b"weights")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no state_dict of tensors"):
         load_checkpoint(tmp_path / "m.safetensors")
