@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
+from alone import predict_alone
 from stpath_export.proof import random_slide, relative_l2
 from stpath_runtime import Engine
 from stpath_runtime.vocabulary import GeneVocabulary
@@ -18,21 +19,6 @@ from stpath_train.literal import literal_forward
 
 GENES = list(GeneVocabulary.published().ensembl_ids[:50])
 ROUNDS = 5
-
-# Peak memory of a prediction in a process of its own, above what the features take.
-PEAK = """
-import json, re, sys
-from stpath_runtime import Engine, Slide
-import numpy as np
-engine = Engine.load(sys.argv[1])
-spots = int(sys.argv[2])
-rng = np.random.default_rng(0)
-slide = Slide(rng.random((spots, 2)), rng.standard_normal((spots, 1536), np.float32))
-engine.predict(slide, genes=engine.vocabulary.ensembl_ids[:50])
-# Not ru_maxrss: a child's starts at what its parent held when it forked.
-peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-print(json.dumps(peak - slide.features.nbytes))
-"""
 
 
 def test_speed_at_3000_spots(benchmark, model, engine_path, report):
@@ -67,10 +53,14 @@ def test_speed_at_3000_spots(benchmark, model, engine_path, report):
     )
 
 
-def test_memory_at_5000_spots(engine_path, report):
-    command = [sys.executable, "-c", PEAK, str(engine_path), "5000"]
-    peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    report("5,000 spots, 50 genes, fp32: peak memory of the process above the features", f"{peak / 1e9:.2f} GB", "2 GB")
+@pytest.mark.parametrize(("spots", "goal"), [(5_000, "2 GB"), (20_000, "2.5 GB")])
+def test_memory(engine_path, report, spots, goal):
+    found = predict_alone(engine_path, spots)
+    report(
+        f"{spots:,} spots, global, 50 genes, fp32: peak memory of the process above the features",
+        f"{found['above_features'] / 1e9:.2f} GB ({found['seconds']:.1f} s)",
+        goal,
+    )
 
 
 def test_start(report):
