@@ -1,4 +1,7 @@
-"""A prediction in a process of its own: its time, and its peak memory. `python alone.py ENGINE SPOTS [K] [DTYPE]`."""
+"""A prediction in a process of its own: its time, and its peak memory.
+
+`python benchmarks/alone.py ENGINE SPOTS [K] [DTYPE] [MEMORY]`.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from stpath_runtime import Engine, Slide
+from stpath_runtime.memory import parse_bytes
 
 
-def predict_alone(engine: Path, spots: int, neighbors: int = 0, dtype: str = "float32") -> dict[str, float]:
+def predict_alone(
+    engine: Path, spots: int, neighbors: int = 0, dtype: str = "float32", memory: str = ""
+) -> dict[str, float]:
     """Predict 50 genes of a random slide in a new process; returns seconds, and bytes in all and above the features."""
-    command = [sys.executable, __file__, str(engine), str(spots), str(neighbors), dtype]
+    command = [sys.executable, __file__, str(engine), str(spots), str(neighbors), dtype, memory]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -26,7 +32,7 @@ def _hexagonal(spots: int) -> np.ndarray:
     return np.stack([200 * column + 100 * (row % 2), 173 * row], axis=1)
 
 
-def _main(path: str, n: str, neighbors: str, dtype: str) -> None:
+def _main(path: str, n: str, neighbors: str = "0", dtype: str = "float32", memory: str = "") -> None:
     warnings.simplefilter("ignore")
     engine, spots = Engine.load(path), int(n)
     features = np.empty((spots, engine.manifest.model.n_features), dtype)
@@ -37,7 +43,8 @@ def _main(path: str, n: str, neighbors: str, dtype: str) -> None:
     slide = Slide(_hexagonal(spots), features)
     how = {"attention": "knn", "neighbors": int(neighbors)} if int(neighbors) else {}
     start = time.perf_counter()
-    engine.predict(slide, genes=engine.vocabulary.ensembl_ids[:50], **how)
+    budget = parse_bytes(memory) if memory else None
+    engine.predict(slide, genes=engine.vocabulary.ensembl_ids[:50], memory=budget, **how)
     seconds = time.perf_counter() - start
     # Not ru_maxrss: a child's starts at what its parent held when it forked.
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

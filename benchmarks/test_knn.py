@@ -98,9 +98,9 @@ def test_encoder(benchmark, model, engine_path, report):
 
 
 def test_memory_of_a_million_spots(engine_path, report):
-    found = predict_alone(engine_path, 1_000_000, K, "float16")
+    found = predict_alone(engine_path, 1_000_000, K, "float16", memory="12G")
     report(
-        f"1,000,000 spots, kNN {K}, 50 genes, fp32, features float16 (3.1 GB): peak memory of the process",
+        f"1,000,000 spots, kNN {K}, 50 genes, features float16 (3.1 GB), --memory 12G: peak memory of the process",
         f"{found['peak'] / 1e9:.1f} GB ({found['seconds']:.0f} s)",
         "16 GB",
     )

@@ -173,6 +173,7 @@ def encode(
                 k_next[rows], v_next[rows] = kv_next
             tick(rows)
         (k, k_next), (v, v_next) = (k_next, k), (v_next, v)
+    del k, v, k_next, v_next  # the copy below may take their place
     embedding: npt.NDArray[np.float32] = keys.of_spots(x).astype(np.float32, copy=False)
     finite = np.isfinite(embedding).all(axis=1)
     if not finite.all():

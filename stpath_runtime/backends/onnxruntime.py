@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ class OnnxRuntimeBackend:
         self.device = "cuda:0" if device == "cuda" else device
         self._provider, self._provider_options = self._find_provider()
         self._sessions: dict[str, Any] = {}
+        _share_host_memory(onnxruntime)
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
@@ -66,6 +69,7 @@ class OnnxRuntimeBackend:
     def _load(self, graph: str) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors
+        options.add_session_config_entry("session.use_env_allocators", "1")
         if self._provider != "CPUExecutionProvider":
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         path = self._engine / f"{graph}.onnx"
@@ -81,6 +85,14 @@ class OnnxRuntimeBackend:
                 "driver and CUDA libraries, or give device cpu"
             )
         return session
+
+
+@cache
+def _share_host_memory(ort: ModuleType) -> None:
+    """Let all sessions of the process take their memory from one arena; each would keep the largest tile in its own."""
+    host = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    as_requested = 1  # and not the next power of two
+    ort.create_and_register_allocator(host, ort.OrtArenaCfg(0, as_requested, -1, -1))
 
 
 def _first_line(error: Exception) -> str:

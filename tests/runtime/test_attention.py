@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from stpath_runtime import Context, Engine, InputError, Slide, encoder
 from stpath_runtime.cli import main
 from stpath_runtime.errors import InputWarning
 from stpath_runtime.fidelity import measure_fidelity
-from stpath_runtime.memory import parse_bytes
+from stpath_runtime.memory import available_on_gpu, available_on_host, parse_bytes
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.inputs import slide_inputs
 
@@ -193,3 +194,23 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(InputError, match="no size"):
         parse_bytes(text)
+
+
+def test_free_memory_of_a_gpu_is_what_nvidia_smi_tells(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$1" = "--id=1" ] && echo 4096\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert available_on_gpu("1") == 4 << 30
+    with pytest.raises(InputError, match="give --memory"):
+        available_on_gpu("7")
+
+
+def test_memory_of_the_host_is_bounded_by_its_cgroup(monkeypatch):
+    files = {"/proc/meminfo": "MemAvailable:    8000 kB\n", "/sys/fs/cgroup/memory.max": "5000000\n"}
+    files["/sys/fs/cgroup/memory.current"] = "1000000\n"
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in files)
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert available_on_host() == 4_000_000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert available_on_host() == 8000 * 1024

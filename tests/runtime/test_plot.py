@@ -1,0 +1,57 @@
+"""Maps of slides of any shape."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from anndata import AnnData
+
+from stpath_runtime import InputError
+from stpath_runtime.plot import _columns, plot_genes
+
+SHAPES = {
+    "one spot": [[5, 5]],
+    "two spots": [[0, 0], [1000, 0]],
+    "row": [[i * 200, 0] for i in range(30)],
+    "column": [[0, i * 200] for i in range(30)],
+    "one place": [[3, 3]] * 4,
+    "grid": [[i % 20, i // 20] for i in range(400)],
+    "far away": [[10**9 + i, 10**9] for i in range(4)],
+}
+
+
+def prediction(coords, genes=("A", "B")) -> AnnData:
+    adata = AnnData(np.random.default_rng(0).random((len(coords), len(genes))).astype(np.float32))
+    adata.var_names = list(genes)
+    adata.var["gene_ids"] = [f"ENSG{i}" for i in range(len(genes))]
+    adata.obsm["spatial"] = np.array(coords)
+    return adata
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_shows_its_spots(shape, tmp_path):
+    from matplotlib import image
+
+    plot_genes(prediction(SHAPES[shape]), ["A", "ENSG1"], tmp_path / "p.png", title="p")
+    picture = image.imread(tmp_path / "p.png")[..., :3]
+    left = picture[:, : picture.shape[1] // 3]  # of the first panel, without its colour bar
+    assert (left.std(axis=2) > 0.05).mean() > 1e-3, "no coloured dot in sight"
+    assert max(picture.shape[:2]) < 4000
+
+
+def test_names_are_no_formulas(tmp_path):
+    plot_genes(prediction(SHAPES["grid"], ["$A_{x$"]), ["$A_{x$"], tmp_path / "p.png", title="$bad_{ " + "long " * 99)
+    assert (tmp_path / "p.png").exists()
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(1, 1), (4, 4), (5, 3), (6, 3), (7, 4), (8, 4), (9, 3), (12, 4)])
+def test_panels_fill_their_rows(panels, columns):
+    assert _columns(panels) == columns
+
+
+def test_faults(tmp_path):
+    with pytest.raises(InputError, match="'C' is not in the prediction"):
+        plot_genes(prediction(SHAPES["grid"]), ["C"], tmp_path / "p.png")
+    with pytest.raises(InputError, match="NaN"):
+        plot_genes(prediction([[0.0, np.nan]]), ["A"], tmp_path / "p.png")
+    assert list(tmp_path.iterdir()) == []
