@@ -41,7 +41,11 @@ def run_demo(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     seconds: dict[str, float] = {}
-    features, checkpoint, engine_path = out / "sample_slide.h5", out / "checkpoint.safetensors", out / "engine"
+    features, checkpoint, engine_path = (
+        out / "simulated_sample_slide.h5",
+        out / "checkpoint.safetensors",
+        out / "engine",
+    )
     has_torch = all(find_spec(name) is not None for name in LIBRARIES)
 
     if not engine_path.exists():
@@ -78,7 +82,9 @@ def run_demo(out: Path) -> None:
     table.add_row("genes", f"{adata.n_vars:,}")
     table.add_row("seconds", ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
     table.add_row("parity", _verdict(row))
-    table.add_row("written", ", ".join(str(out / name) for name in ("sample_slide.h5", "prediction.h5ad", "maps.png")))
+    table.add_row(
+        "written", ", ".join(str(out / name) for name in ("simulated_sample_slide.h5", "prediction.h5ad", "maps.png"))
+    )
     console.print(table)
     if row is not None and not row["passed"]:
         raise ParityError(f"the demo's prediction is below the bar: {_verdict(row)}")

@@ -146,7 +146,9 @@ def plot(
     from .readers import read_prediction
 
     _require_png(out)
-    plot_genes(read_prediction(prediction), genes, out, title=prediction.stem)
+    adata = read_prediction(prediction)
+    note = adata.uns["stpath"].get("note")  # what the demo says of its simulated features
+    plot_genes(adata, genes, out, title=f"{prediction.stem} ({note})" if note else prediction.stem)
     typer.echo(str(out))
 
 

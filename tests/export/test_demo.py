@@ -38,7 +38,7 @@ def test_demo(tmp_path, capsys, monkeypatch):
     adata = anndata.read_h5ad(tmp_path / "prediction.h5ad")
     assert adata.shape == (3798, 18)
     assert "simulated" in adata.uns["stpath"]["note"]
-    with h5py.File(tmp_path / "sample_slide.h5") as file:
+    with h5py.File(tmp_path / "simulated_sample_slide.h5") as file:
         assert "simulated" in file.attrs["note"]
     # A second run takes the engine that is there.
     monkeypatch.setattr("stpath_export.demo._export", lambda *_: pytest.fail("exported again"))
