@@ -257,7 +257,11 @@ def _json_names(text: str) -> list[str]:
 def _add_commands() -> None:
     """Add the commands of the packages that need more than the runtime (see pyproject.toml)."""
     for entry in sorted(entry_points(group="stpath.commands"), key=lambda entry: entry.name):
-        app.command(entry.name)(entry.load())
+        command = entry.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -49,31 +49,29 @@ class Context:
         name = f"context of {slide.name}"
         if isinstance(self.genes, str) or isinstance(self.ids, str):
             raise InputError(f"{name}: ids and genes must be lists of names, not one text")
-        counts = _as_csr(self.counts, name)
+        counts = as_csr(self.counts, name)
         ids, genes = list(np.asarray(self.ids, object).ravel()), [text(gene, name) for gene in self.genes]
         if counts.shape != (len(ids), len(genes)):
             raise InputError(
-                f"context of {slide.name}: counts have the shape {list(counts.shape)}; "
-                f"expected [{len(ids)} spots, {len(genes)} genes]"
+                f"{name}: counts have the shape {list(counts.shape)}; expected [{len(ids)} spots, {len(genes)} genes]"
             )
         spots = _positions(ids, slide)
-        _check_counts(counts, slide.name)
-        found = [vocabulary.find(gene) for gene in genes]
-        known = np.flatnonzero([token is not None for token in found])
-        if len(known) == 0:
-            first = f" (the first is {genes[0]!r})" if genes else ""
-            raise InputError(
-                f"{name}: none of its {len(genes):,} genes is known to the engine{first}; give symbols or Ensembl ids"
-            )
-        if len(known) < len(genes):
+        tokens, known, left_out = known_genes(counts, genes, vocabulary, name)
+        if left_out:
             warnings.warn(
-                f"context of {slide.name}: {len(genes) - len(known):,} of {len(genes):,} genes are not known to the "
-                "engine and are left out",
+                f"{name}: {left_out:,} of {len(genes):,} genes are not known to the engine and are left out",
                 InputWarning,
                 stacklevel=3,
             )
-        tokens = np.array([found[i] for i in known], dtype=np.int64)
-        return ContextRows(spots, *_merge_by_maximum(counts[:, known], tokens))
+        if not is_whole(counts):
+            warnings.warn(
+                f"{name}: {(counts.data != np.rint(counts.data)).mean():.0%} of the counts are no whole numbers "
+                f"(highest {counts.data.max():g}), as if log-transformed or normalised; the model was trained on log1p "
+                "of raw counts, and takes log1p itself",
+                InputWarning,
+                stacklevel=3,
+            )
+        return ContextRows(spots, tokens, known.log1p())
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +108,14 @@ def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
     return np.array(spots, dtype=np.int64)
 
 
-def _as_csr(counts: Any, name: str) -> csr_matrix:
-    """Counts as a sparse matrix of float32, its indices checked (scipy trusts those of a file, and crashes)."""
+def as_csr(counts: Any, name: str) -> csr_matrix:
+    """Counts as a sparse matrix of float32, its indices checked (scipy trusts those of a file, and crashes).
+
+    Raises
+    ------
+    InputError
+        If they are no matrix of numbers.
+    """
     from scipy.sparse import csr_matrix, issparse
 
     try:
@@ -128,28 +132,49 @@ def _as_csr(counts: Any, name: str) -> csr_matrix:
     return found
 
 
+def is_whole(counts: csr_matrix) -> bool:
+    """Whether all counts are whole numbers, as raw ones are."""
+    return bool((counts.data == np.rint(counts.data)).all())
+
+
+def known_genes(
+    counts: csr_matrix, genes: Sequence[str], vocabulary: GeneVocabulary, name: str
+) -> tuple[npt.NDArray[np.int64], csr_matrix, int]:
+    """The genes that the vocabulary knows, by token: tokens [P], their counts [N, P], and how many are left out.
+
+    Several names of one gene are resolved by the maximum, as in published training.
+
+    Raises
+    ------
+    InputError
+        If a count is negative, NaN or infinite, or no gene is known.
+    """
+    _check_counts(counts, name)
+    found = [vocabulary.find(gene) for gene in genes]
+    known = np.flatnonzero([token is not None for token in found])
+    if len(known) == 0:
+        first = f" (the first is {genes[0]!r})" if len(genes) else ""
+        raise InputError(
+            f"{name}: none of its {len(genes):,} genes is known to the engine{first}; give symbols or Ensembl ids"
+        )
+    tokens = np.array([found[i] for i in known], dtype=np.int64)
+    return *_merge_by_maximum(counts[:, known], tokens), len(genes) - len(known)
+
+
 def _check_counts(counts: csr_matrix, name: str) -> None:
     values = counts.data
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        raise InputError(f"context of {name}: {bad:,} counts are NaN or infinite; give raw counts")
+        raise InputError(f"{name}: {bad:,} counts are NaN or infinite; give raw counts")
     if (values < 0).any():
         raise InputError(
-            f"context of {name}: {int((values < 0).sum()):,} counts are negative (lowest {values.min():g}); give raw "
+            f"{name}: {int((values < 0).sum()):,} counts are negative (lowest {values.min():g}); give raw "
             "counts, not scaled or normalised values"
-        )
-    if (values != np.rint(values)).any():
-        warnings.warn(
-            f"context of {name}: {(values != np.rint(values)).mean():.0%} of the counts are no whole numbers (highest "
-            f"{values.max():g}), as if log-transformed or normalised; the model was trained on log1p of raw counts, "
-            "and takes log1p itself",
-            InputWarning,
-            stacklevel=4,
         )
 
 
 def _merge_by_maximum(counts: csr_matrix, tokens: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], csr_matrix]:
-    """One column a gene, the highest of those that share a token, as log1p: tokens [P'], log counts [C, P']."""
+    """One column a gene, the highest of those that share a token: distinct tokens [P], counts [N, P]."""
     from scipy.sparse import csr_matrix
 
     distinct, column = np.unique(tokens, return_inverse=True)
@@ -159,4 +184,4 @@ def _merge_by_maximum(counts: csr_matrix, tokens: npt.NDArray[np.int64]) -> tupl
     # The last entry of each (row, column) is its highest.
     last = np.append((row[1:] != row[:-1]) | (col[1:] != col[:-1]), True)[: len(row)]
     shape = (counts.shape[0], len(distinct))
-    return distinct, csr_matrix((np.log1p(value[last]), (row[last], col[last])), shape=shape, dtype=np.float32)
+    return distinct, csr_matrix((value[last], (row[last], col[last])), shape=shape, dtype=np.float32)

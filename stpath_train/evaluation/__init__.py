@@ -1,0 +1,1 @@
+"""Evaluation of a model by the published protocols: `stpath evaluate`."""

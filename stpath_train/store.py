@@ -1,0 +1,362 @@
+"""The training store: a folder of slides, each with its features and its measured expression, over one vocabulary.
+
+    STORE/
+      store.json       schema, width of the features, SHA-256 of the vocabulary
+      genes.tsv.gz     the vocabulary
+      slides.csv       a row a slide, the fields of `Record`
+      slides/ID.h5ad   X sparse counts [N, P]; var token, symbol, highly_variable; obs; obsm spatial, features
+      tasks/NAME.json  a benchmark's genes and folds (`Task`)
+      failures.csv     slides that could not be taken, and why
+
+A slide's spots stand in spatial order, so that a window of near spots is a few runs of rows; X holds the genes of the
+vocabulary that were measured on the slide, by token. N spots, F features, P genes measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stpath_runtime.context import Context, as_csr, known_genes
+from stpath_runtime.errors import InputError
+from stpath_runtime.neighbors import BLOCK, cut
+from stpath_runtime.output import written_whole
+from stpath_runtime.slide import Slide
+from stpath_runtime.vocabulary import GeneVocabulary, nearest_names, organ_token, technology_token
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from scipy.sparse import csr_matrix
+
+SCHEMA = 1
+STORE, GENES, SLIDES, FAILURES = "store.json", "genes.tsv.gz", "slides.csv", "failures.csv"
+UNITS = ("raw", "log1p")  # of the counts of a slide
+OPEN_SLIDES = 64  # files that a loading process keeps open
+
+
+@dataclass(frozen=True)
+class Record:
+    """A slide of a store, as `slides.csv` has it."""
+
+    slide: str  # its id, and the name of its file
+    organ: str  # as in stpath_runtime.vocabulary.ORGANS
+    technology: str  # as in TECHNOLOGIES; empty where unknown
+    species: str = ""
+    patient: str = ""  # slides of one patient never stand on both sides of a split; empty: a patient of its own
+    source: str = ""  # the data set that it comes from
+    counts: str = "raw"  # of UNITS
+    label: str = ""  # what is to be predicted of the whole slide, where that is known
+    spots: int = 0
+    genes: int = 0  # of the vocabulary, measured
+    made_from: str = ""  # a hash of the files and options that it was made from
+
+    def __post_init__(self) -> None:
+        organ_token(self.organ)
+        technology_token(self.technology or None)
+        if self.counts not in UNITS:
+            raise InputError(f"slide {self.slide}: counts are {' or '.join(UNITS)}, not {self.counts!r}")
+        if not self.slide or self.slide != Path(self.slide).name or self.slide.startswith("."):
+            raise InputError(f"{self.slide!r} is no name of a slide; give one that can name a file")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark task: which genes to predict, and which slides to learn from and to test on."""
+
+    genes: list[str]
+    folds: list[dict[str, list[str]]]  # each {"train": slides, "test": slides}
+
+
+class Store:
+    """A training store; make one with `Store.create` or `Store.open`."""
+
+    def __init__(self, path: Path, vocabulary: GeneVocabulary, n_features: int, records: Sequence[Record]) -> None:
+        self.path = path
+        self.vocabulary = vocabulary
+        self.n_features = n_features  # 0 while the store has no slide
+        self.records = {record.slide: record for record in records}
+
+    @classmethod
+    def create(cls, path: str | Path, vocabulary: GeneVocabulary) -> Store:
+        """Open a store to add slides to it; a new, empty one where there is none.
+
+        Raises
+        ------
+        InputError
+            If the folder holds something else, or a store over another vocabulary.
+        """
+        path = Path(path)
+        if (path / STORE).exists():
+            store = cls.open(path)
+            store.require_vocabulary(vocabulary, "the vocabulary given")
+            return store
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path}: exists and is no training store; choose another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        vocabulary.write(path / GENES)
+        store = cls(path, vocabulary, 0, [])
+        store._write_index()
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """Open a store to read it.
+
+        Raises
+        ------
+        InputError
+            If there is none, it is damaged, or of a newer version of this package.
+        """
+        import pandas as pd
+
+        path = Path(path)
+        if not (path / STORE).is_file():
+            raise InputError(f"{path}: no training store (it has no {STORE}); make one with stpath data prepare")
+        try:
+            about = json.loads((path / STORE).read_text())
+            if about["schema"] > SCHEMA:
+                raise InputError(f"{path}: a store of schema {about['schema']}, newer than {SCHEMA}; upgrade stpath")
+            table = pd.read_csv(path / SLIDES, dtype=str, keep_default_na=False)
+            numbers = {field.name: int for field in fields(Record) if field.type == "int"}
+            records = [Record(**row) for row in table.astype(numbers).to_dict("records")]  # type: ignore[arg-type]
+            n_features, genes = int(about["n_features"]), str(about["genes"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: a damaged training store ({error}); prepare it again") from error
+        if _hash(path / GENES) != genes:
+            raise InputError(f"{path}: {GENES} is not the vocabulary that the store was made with; prepare it again")
+        return cls(path, GeneVocabulary.read(path / GENES), n_features, records)
+
+    def add(self, record: Record, adata: AnnData) -> None:
+        """Write a slide, in spatial order, and then name it in the index.
+
+        Parameters
+        ----------
+        record
+            Its `spots` and `genes` are filled in here.
+        adata
+            X sparse counts [N, P], var as `measured` gives it with `highly_variable`, obsm spatial [N, 2] in pixels
+            and features [N, F].
+
+        Raises
+        ------
+        InputError
+            If the features are not as wide as those of the other slides.
+        """
+        width = adata.obsm["features"].shape[1]
+        if self.n_features not in (0, width):
+            raise InputError(
+                f"slide {record.slide}: features are {width:,} wide, those of the store {self.n_features:,}; one store "
+                "holds the features of one encoder"
+            )
+        order = np.argsort(cut(np.asarray(adata.obsm["spatial"], np.float64), BLOCK), kind="stable")
+        with written_whole(self.slide_path(record.slide)) as partial:
+            adata[order].copy().write_h5ad(partial, compression="lzf")
+        self.n_features = width
+        filled = {**asdict(record), "spots": adata.n_obs, "genes": adata.n_vars}
+        self.records[record.slide] = Record(**filled)
+        self._write_index()
+
+    def slide_path(self, slide: str) -> Path:
+        """Where the h5ad file of a slide is."""
+        return self.path / "slides" / f"{slide}.h5ad"
+
+    def read(self, slide: str) -> AnnData:
+        """A slide, whole: X counts in the units of its record, obsm spatial and features.
+
+        Raises
+        ------
+        InputError
+            If the store has no such slide, or its file is damaged.
+        """
+        import anndata
+
+        self.require_slides([slide])
+        try:
+            return anndata.read_h5ad(self.slide_path(slide))
+        except Exception as error:  # anndata raises errors of h5py, pandas and its own on a damaged file
+            raise InputError(f"{self.slide_path(slide)}: cannot be read ({error}); prepare the slide again") from error
+
+    def as_slide(self, adata: AnnData, slide: str) -> Slide:
+        """What a model is given of a slide: features, coordinates, organ and technology, not the expression."""
+        record = self.records[slide]
+        coords, features = adata.obsm["spatial"], adata.obsm["features"]
+        return Slide(coords, features, list(adata.obs_names), record.organ, record.technology or None, slide)
+
+    def as_context(self, adata: AnnData, slide: str, spots: npt.NDArray[np.int64]) -> Context:
+        """The measured expression of some spots of a slide, as context of a prediction."""
+        counts = adata.X[spots]
+        if self.records[slide].counts == "log1p":
+            counts = counts.expm1()
+        return Context(ids=[str(adata.obs_names[i]) for i in spots], counts=counts, genes=list(adata.var_names))
+
+    def log_counts(self, adata: AnnData, slide: str) -> csr_matrix:
+        """log1p of raw counts [N, P], which the model predicts."""
+        counts: csr_matrix = adata.X
+        return counts if self.records[slide].counts == "log1p" else counts.log1p()
+
+    def task(self, name: str) -> Task:
+        """A benchmark task of the store, by name.
+
+        Raises
+        ------
+        InputError
+            If the store has none of that name.
+        """
+        path = self.path / "tasks" / f"{name}.json"
+        if not path.is_file():
+            known = sorted(file.stem for file in (self.path / "tasks").glob("*.json"))
+            held = f"it has {', '.join(known)}" if known else "it has none"
+            raise InputError(f"{self.path}: no task {name!r}{nearest_names(name, known)}; {held}")
+        return Task(**json.loads(path.read_text()))
+
+    def add_task(self, name: str, task: Task) -> None:
+        """Write a benchmark task."""
+        with written_whole(self.path / "tasks" / f"{name}.json") as partial:
+            partial.write_text(json.dumps(asdict(task), indent=1))
+
+    def write_failures(self, reasons: dict[str, str]) -> None:
+        """Write which slides could not be taken, and why; no file where every slide could."""
+        import pandas as pd
+
+        path = self.path / FAILURES
+        path.unlink(missing_ok=True)
+        if reasons:
+            with written_whole(path) as partial:
+                pd.DataFrame(reasons.items(), columns=["slide", "reason"]).to_csv(partial, index=False)
+
+    def require_slides(self, slides: Sequence[str]) -> None:
+        """Raise InputError where a slide is not of this store."""
+        for slide in slides:
+            if slide not in self.records:
+                near = nearest_names(slide, self.records)
+                raise InputError(f"{self.path}: no slide {slide!r}{near}; it has {len(self.records):,}, see {SLIDES}")
+
+    def require_vocabulary(self, vocabulary: GeneVocabulary, whose: str) -> None:
+        """Raise InputError where another vocabulary numbers the genes otherwise."""
+        if list(vocabulary.ensembl_ids) != list(self.vocabulary.ensembl_ids):
+            raise InputError(
+                f"{self.path}: a store of another vocabulary ({self.vocabulary.n_tokens:,} tokens; {whose} has "
+                f"{vocabulary.n_tokens:,}, or other genes); prepare the slides with that vocabulary"
+            )
+
+    def _write_index(self) -> None:
+        import pandas as pd
+
+        about = {"schema": SCHEMA, "n_features": self.n_features, "genes": _hash(self.path / GENES)}
+        columns = [field.name for field in fields(Record)]
+        rows = [astuple(record) for record in sorted(self.records.values(), key=lambda record: record.slide)]
+        with written_whole(self.path / SLIDES) as partial:
+            pd.DataFrame(rows, columns=columns).to_csv(partial, index=False)
+        with written_whole(self.path / STORE) as partial:
+            partial.write_text(json.dumps(about, indent=1))
+
+
+class StoredSlide:
+    """A slide of a store, of which the spots asked for are read."""
+
+    def __init__(self, path: Path, record: Record) -> None:
+        import h5py
+        from anndata.io import sparse_dataset
+
+        try:
+            file = h5py.File(path, "r")
+            self._counts, self._features = sparse_dataset(file["X"]), file["obsm/features"]
+            coords = file["obsm/spatial"][()]
+            self.tokens: npt.NDArray[np.int64] = file["var/token"][()]  # [P]
+            self.highly_variable: npt.NDArray[np.bool_] = file["var/highly_variable"][()]  # [P]
+        except (OSError, KeyError, ValueError) as error:
+            raise InputError(f"{path}: a damaged slide of the store ({error}); prepare it again") from error
+        self.record = record
+        # As the model takes them, over the whole slide: [N, 2]
+        self.coords = Slide(coords, np.zeros((len(coords), 1), np.float32)).normalized_coords().astype(np.float32)
+        self.pixels = coords  # [N, 2]
+
+    def __len__(self) -> int:
+        return len(self.coords)
+
+    def read(self, spots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.generic], csr_matrix]:
+        """Features [n, F], as they came, and log1p of raw counts [n, P] of some spots, ascending."""
+        counts = self._counts[spots]
+        return read_rows(self._features, spots), counts if self.record.counts == "log1p" else counts.log1p()
+
+
+def open_slide(store: Store, slide: str) -> StoredSlide:
+    """Open a slide of a store; the last that this process asked for stay open."""
+    return _open_slide(store.slide_path(slide), store.records[slide], os.getpid())
+
+
+@lru_cache(maxsize=OPEN_SLIDES)
+def _open_slide(path: Path, record: Record, process: int) -> StoredSlide:
+    return StoredSlide(path, record)  # HDF5 handles are not shared with a forked process
+
+
+def read_rows(dataset: Any, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
+    """Rows of an HDF5 dataset, ascending, run by run: h5py's own indexing goes row by row."""
+    out = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
+    starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    for start, stop in zip(starts, np.append(starts[1:], len(rows)), strict=True):
+        dataset.read_direct(out, np.s_[rows[start] : rows[stop - 1] + 1], np.s_[start:stop])
+    return out
+
+
+def measured(counts: Any, genes: Sequence[str], vocabulary: GeneVocabulary, name: str) -> AnnData:
+    """The genes of a slide that the vocabulary knows: X [N, P] by token; var token and symbol, index Ensembl ids.
+
+    Several names of one gene are resolved by the maximum, as in published training.
+
+    Parameters
+    ----------
+    counts
+        [N, genes], dense or sparse.
+    genes
+        Symbols, aliases or Ensembl ids.
+
+    Raises
+    ------
+    InputError
+        If the counts are no matrix of numbers, negative, NaN or infinite, or no gene is known.
+    """
+    import pandas as pd
+    from anndata import AnnData
+
+    tokens, matrix, _ = known_genes(as_csr(counts, name), genes, vocabulary, name)
+    var = pd.DataFrame({"token": tokens, "symbol": vocabulary.names(tokens)}, index=vocabulary.gene_ids(tokens))
+    return AnnData(X=matrix, var=var)
+
+
+def highly_variable(adata: AnnData, n: int, log_counts: csr_matrix) -> npt.NDArray[np.bool_]:
+    """Which genes [P] are the n most variable, as published: among those in a tenth of the spots, on log1p of counts.
+
+    scanpy's `highly_variable_genes`, flavour seurat. A slide with no more than n such genes keeps all of them.
+    """
+    import scanpy as sc
+    from anndata import AnnData
+
+    common = np.flatnonzero(np.diff(log_counts.tocsc().indptr) >= np.ceil(0.1 * adata.n_obs))
+    chosen = np.zeros(adata.n_vars, bool)
+    if len(common) <= n:
+        chosen[common] = True
+        return chosen
+    view = AnnData(X=log_counts[:, common])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scanpy's own notes on its defaults
+        sc.pp.highly_variable_genes(view, n_top_genes=n, flavor="seurat")
+    best = view.var["highly_variable"].to_numpy(bool)
+    chosen[common[best]] = True
+    return chosen
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

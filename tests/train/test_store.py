@@ -1,0 +1,145 @@
+"""The training store: what goes in comes out, in spatial order, and faults are named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from anndata import AnnData
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers import made_up_vocabulary
+from stpath_runtime.errors import InputError
+from stpath_train.store import Record, Store, Task, highly_variable, measured, open_slide, read_rows
+
+
+def an_adata(vocabulary, spots: int = 130, genes: int = 12, features: int = 6, seed: int = 0) -> AnnData:
+    """A slide of random counts: each spot's first feature is its number."""
+    rng = np.random.default_rng(seed)
+    names = rng.choice(np.array(vocabulary.symbols), genes, replace=False)
+    adata = measured(rng.poisson(2, (spots, genes)), names, vocabulary, "made up")
+    adata.obs_names = [f"spot{i}" for i in range(spots)]
+    adata.obsm["spatial"] = rng.integers(0, 5000, (spots, 2))
+    adata.obsm["features"] = rng.standard_normal((spots, features)).astype(np.float32)
+    adata.obsm["features"][:, 0] = np.arange(spots)
+    adata.var["highly_variable"] = highly_variable(adata, 4, adata.X.log1p())
+    return adata
+
+
+@pytest.fixture
+def vocabulary():
+    return made_up_vocabulary(40)
+
+
+@pytest.fixture
+def store(tmp_path, vocabulary) -> Store:
+    made = Store.create(tmp_path / "store", vocabulary)
+    made.add(Record("A", "Breast", "Visium", patient="p1"), an_adata(vocabulary))
+    made.add(Record("B", "Kidney", "", counts="log1p"), an_adata(vocabulary, seed=1))
+    return Store.open(made.path)
+
+
+def test_a_slide_comes_back_as_it_went_in(store, vocabulary):
+    given_in, found = an_adata(vocabulary), store.read("A")
+    assert set(found.obs_names) == set(given_in.obs_names)
+    same = given_in[found.obs_names]
+    assert (found.X != same.X).nnz == 0
+    np.testing.assert_array_equal(found.obsm["spatial"], same.obsm["spatial"])
+    np.testing.assert_array_equal(found.obsm["features"], same.obsm["features"])
+    assert store.records["A"] == Record("A", "Breast", "Visium", patient="p1", spots=130, genes=12)
+    assert store.n_features == 6
+
+
+def test_near_spots_are_near_in_the_file(store):
+    coords = store.read("A").obsm["spatial"].astype(float)
+    step = np.linalg.norm(np.diff(coords, axis=0), axis=1)
+    shuffled = np.random.default_rng(0).permutation(coords)
+    assert np.median(step) < np.median(np.linalg.norm(np.diff(shuffled, axis=0), axis=1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sets(st.integers(0, 129), min_size=1))
+def test_rows_are_read_whatever_their_gaps(tmp_path_factory, spots):
+    vocabulary = made_up_vocabulary(40)
+    path = tmp_path_factory.getbasetemp() / "rows"
+    if not path.exists():
+        Store.create(path, vocabulary).add(Record("A", "Breast", "Visium"), an_adata(vocabulary))
+    store = Store.open(path)
+    rows, whole = np.array(sorted(spots)), store.read("A")
+    features, log_counts = open_slide(store, "A").read(rows)
+    np.testing.assert_array_equal(features, whole.obsm["features"][rows])
+    np.testing.assert_array_equal(log_counts.toarray(), np.log1p(whole.X[rows].toarray()))
+
+
+def test_counts_that_are_log_transformed_stay_so(store):
+    whole, slide = store.read("B"), open_slide(store, "B")
+    np.testing.assert_array_equal(slide.read(np.arange(5))[1].toarray(), whole.X[:5].toarray())
+    context = store.as_context(whole, "B", np.arange(5))
+    np.testing.assert_allclose(context.counts.toarray(), np.expm1(whole.X[:5].toarray()), rtol=1e-6)
+
+
+def test_names_of_one_gene_are_merged_by_the_maximum(vocabulary):
+    counts = [[1, 5, 0, 2], [4, 0, 3, 0]]
+    found = measured(counts, ["GENE3", "ALIAS3", "unheard of", "GENE1"], vocabulary, "slide")
+    assert list(found.var["symbol"]) == ["GENE1", "GENE3"]
+    np.testing.assert_array_equal(found.X.toarray(), [[2, 5], [0, 4]])
+
+
+def test_highly_variable_genes_are_among_those_that_many_spots_have(vocabulary):
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(3, (300, 30))
+    counts[:, 2] = 9 * rng.integers(0, 3, 300) // 2  # of a like mean, and more variance
+    counts[:, 5] = 0
+    counts[:29, 5] = 30  # varies, but in too few spots
+    adata = measured(counts, vocabulary.symbols[:30], vocabulary, "slide")
+    assert list(np.flatnonzero(highly_variable(adata, 1, adata.X.log1p()))) == [2]
+    assert list(np.flatnonzero(highly_variable(adata, 29, adata.X.log1p()))) == [i for i in range(30) if i != 5]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda s: Store.create(s.path, made_up_vocabulary(41)), "a store of another vocabulary"),
+        (lambda s: Store.create(s.path / "slides", s.vocabulary), "is no training store"),
+        (lambda s: Store.open(s.path / "nowhere"), "no training store"),
+        (lambda s: s.read("a"), "no slide 'a' .did you mean A"),
+        (lambda s: s.task("IDC"), "no task 'IDC'; it has none"),
+        (lambda s: s.add(Record("C", "Lung", ""), an_adata(s.vocabulary, features=5)), "5 wide, those of the store 6"),
+        (lambda s: Record("../x", "Lung", ""), "is no name of a slide"),
+        (lambda s: Record("x", "Lnug", ""), "unknown organ 'Lnug'"),
+        (lambda s: measured([[1.0]], ["no gene"], s.vocabulary, "x"), "none of its 1 genes is known"),
+        (lambda s: measured([[-1.0]], ["GENE1"], s.vocabulary, "x"), "negative"),
+    ],
+)
+def test_faults_are_named(store, fault, message):
+    with pytest.raises(InputError, match=message):
+        fault(store)
+
+
+def test_a_changed_vocabulary_or_a_damaged_slide_is_refused(store):
+    store.slide_path("A").write_bytes(b"not HDF5")
+    with pytest.raises(InputError, match="prepare it again"):
+        open_slide(store, "A")
+    with pytest.raises(InputError, match="prepare the slide again"):
+        store.read("A")
+    made_up_vocabulary(30).write(store.path / "genes.tsv.gz")
+    with pytest.raises(InputError, match="not the vocabulary"):
+        Store.open(store.path)
+
+
+def test_tasks_and_failures_are_kept(store):
+    task = Task(["GENE1"], [{"train": ["A"], "test": ["B"]}])
+    store.add_task("IDC", task)
+    assert store.task("IDC") == task
+    store.write_failures({"C": "no gene"})
+    assert (store.path / "failures.csv").read_text() == "slide,reason\nC,no gene\n"
+    store.write_failures({})
+    assert not (store.path / "failures.csv").exists()
+
+
+def test_read_rows_of_any_dtype(tmp_path):
+    import h5py
+
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = file.create_dataset("x", data=np.arange(20).reshape(10, 2))
+        np.testing.assert_array_equal(read_rows(data, np.array([0, 1, 5, 9])), data[()][[0, 1, 5, 9]])
