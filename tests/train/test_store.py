@@ -85,15 +85,18 @@ def test_names_of_one_gene_are_merged_by_the_maximum(vocabulary):
     np.testing.assert_array_equal(found.X.toarray(), [[2, 5], [0, 4]])
 
 
-def test_highly_variable_genes_are_among_those_that_many_spots_have(vocabulary):
-    rng = np.random.default_rng(0)
-    counts = rng.poisson(3, (300, 30))
+def test_highly_variable_genes_are_among_those_that_many_spots_have():
+    vocabulary, rng = made_up_vocabulary(402), np.random.default_rng(0)
+    counts = rng.poisson(3, (300, 400))
     counts[:, 2] = 9 * rng.integers(0, 3, 300) // 2  # of a like mean, and more variance
     counts[:, 5] = 0
     counts[:29, 5] = 30  # varies, but in too few spots
-    adata = measured(counts, vocabulary.symbols[:30], vocabulary, "slide")
-    assert list(np.flatnonzero(highly_variable(adata, 1, adata.X.log1p()))) == [2]
-    assert list(np.flatnonzero(highly_variable(adata, 29, adata.X.log1p()))) == [i for i in range(30) if i != 5]
+    adata = measured(counts, vocabulary.symbols, vocabulary, "slide")
+    chosen = highly_variable(adata, 20, adata.X.log1p())
+    assert chosen.sum() == 20
+    assert chosen[2]
+    every = highly_variable(adata, 399, adata.X.log1p())
+    assert list(np.flatnonzero(~every)) == [5]
 
 
 @pytest.mark.parametrize(
