@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from stpath_runtime.context import Context
-from stpath_runtime.neighbors import nearest
+from stpath_runtime.neighbors import nearest, plan_blocks
 from stpath_runtime.slide import Slide
 from stpath_runtime.vocabulary import GeneVocabulary
 
-from .model import ContextTokens
+from .model import ContextTokens, KeyBlocks
 
 
 def slide_inputs(
@@ -56,3 +56,12 @@ def knn_edges(slides: Sequence[npt.NDArray[np.generic]], neighbors: int) -> Tens
         edges.append(np.stack([source.ravel(), target]) + spots)
         spots += len(coords)
     return torch.from_numpy(np.concatenate(edges, axis=1))
+
+
+def knn_blocks(slides: Sequence[npt.NDArray[np.generic]], neighbors: int) -> KeyBlocks:
+    """The pairs of `knn_edges` as dense blocks."""
+    plan = plan_blocks(slides, neighbors)
+    tile = plan.tile(slice(0, plan.blocks))
+    spot = np.maximum(plan.spot, 0)
+    arrays = spot, plan.row, spot[tile.rows[tile.key_index]], tile.mask
+    return KeyBlocks(*(torch.from_numpy(array) for array in arrays))

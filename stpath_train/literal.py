@@ -7,6 +7,8 @@ genes. N spots, H heads, V tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,20 +62,16 @@ def literal_forward(
     organ: Tensor,
     technology: Tensor,
     context: ContextTokens | None = None,
-    slide_index: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embedding [N, d] and expression [N, V] (pad and mask columns included), with the weights of `model`."""
     encoder = model.input_encoder
     tokens = literal_tokens(len(features), model.config.n_tokens, context, features.dtype)
     x = encoder.image_embed(features) + F.linear(tokens, encoder.gene_embed.weight)
     x = x + encoder.tech_embed(technology) + encoder.organ_embed(organ)
-    slides = [torch.arange(len(x))]
-    if slide_index is not None:
-        slides = [torch.nonzero(slide_index == slide).ravel() for slide in torch.unique(slide_index)]
+    sizes = list(sizes) if sizes is not None else [len(x)]
     for block in model.blocks:
-        attended = torch.zeros_like(x)
-        for spots in slides:
-            attended = attended.index_put((spots,), literal_attention(block.attn, x[spots], coords[spots]))
-        x = x + attended
+        slides = zip(torch.split(x, sizes), torch.split(coords, sizes), strict=True)
+        x = x + torch.cat([literal_attention(block.attn, *slide) for slide in slides])
         x = x + block.mlp(x)
     return x, model.gene_exp_head(x)

@@ -8,8 +8,9 @@ N spots, F features, d width, H heads, G genes asked for, C context spots, P gen
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,15 @@ class ContextTokens:
     spots: Tensor  # [C] positions of the context spots
     token_ids: Tensor  # [P] distinct gene tokens
     log_counts: Tensor  # [C, P] log1p of raw counts
+
+
+class KeyBlocks(NamedTuple):
+    """Compact blocks of B queries, and the K spots that hold all neighbours of each (`stpath_runtime.neighbors`)."""
+
+    spot: Tensor  # [b * B] the spot of each row; any one in rows that pad a block
+    row: Tensor  # [N] the row of each spot
+    keys: Tensor  # [b, K] spots
+    mask: Tensor  # [b, B, K] which pairs are neighbours
 
 
 def distance_bias(weight: Tensor, coords: Tensor, key_coords: Tensor) -> Tensor:
@@ -91,26 +101,39 @@ class SpatialAttention(nn.Module):
         return cast(nn.Linear, self.edge_bias[0]).weight[:, 2]
 
     def forward(
-        self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None, edge_index: Tensor | None = None
+        self,
+        x: Tensor,
+        coords: Tensor,
+        sizes: Sequence[int] | None = None,
+        edge_index: Tensor | None = None,
+        blocks: KeyBlocks | None = None,
     ) -> Tensor:
         q, k, v = (p.reshape(len(x), self.n_heads, -1) for p in self.layernorm_qkv(x).chunk(3, dim=-1))  # [N, H, d/H]
-        if edge_index is None:
-            attended = self._attend_to_all(q, k, v, coords, slide_index)
-        else:
+        if edge_index is not None:
             attended = self._attend_along_edges(q, k, v, coords, edge_index)
+        elif blocks is not None:
+            attended = self._attend_in_blocks(q, k, v, coords, blocks)
+        else:
+            slides = (torch.split(part, list(sizes or [len(x)])) for part in (q, k, v, coords))
+            attended = torch.cat([self._attend_to_all(*slide) for slide in zip(*slides, strict=True)])
         return self.W_output(attended.flatten(1))
 
-    def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, slide_index: Tensor | None) -> Tensor:
+    def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor) -> Tensor:
         q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [H, N, d/H]
         tiles = []
         for start in range(0, len(coords), QUERIES_AT_ONCE):
             rows = slice(start, start + QUERIES_AT_ONCE)
             bias = distance_bias(self.distance_weight, coords[rows], coords)  # [H, T, N]
-            if slide_index is not None:
-                other = slide_index[rows, None] != slide_index
-                bias = bias.masked_fill(other, -torch.inf)
             tiles.append(F.scaled_dot_product_attention(q[:, rows], k, v, attn_mask=bias.to(q.dtype)))
         return torch.cat(tiles, dim=1).transpose(0, 1)  # [N, H, d/H]
+
+    def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, blocks: KeyBlocks) -> Tensor:
+        spot = blocks.spot.reshape(len(blocks.keys), -1)  # [b, B]
+        bias = distance_bias(self.distance_weight, coords[spot], coords[blocks.keys])  # [b, H, B, K]
+        bias = bias.masked_fill(~blocks.mask[:, None], -torch.inf)
+        q, k, v = (part.transpose(1, 2) for part in (q[spot], k[blocks.keys], v[blocks.keys]))  # [b, H, B or K, d/H]
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return attended.transpose(1, 2).flatten(0, 1)[blocks.row]  # [N, H, d/H]
 
     def _attend_along_edges(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, edge_index: Tensor) -> Tensor:
         from torch_geometric.utils import scatter, softmax
@@ -145,9 +168,14 @@ class Block(nn.Module):
         self.mlp = Mlp(config.d_model, config.d_mlp)
 
     def forward(
-        self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None, edge_index: Tensor | None = None
+        self,
+        x: Tensor,
+        coords: Tensor,
+        sizes: Sequence[int] | None = None,
+        edge_index: Tensor | None = None,
+        blocks: KeyBlocks | None = None,
     ) -> Tensor:
-        x = x + self.attn(x, coords, slide_index, edge_index)
+        x = x + self.attn(x, coords, sizes, edge_index, blocks)
         return x + self.mlp(x)
 
 
@@ -159,10 +187,15 @@ class SpatialTransformer(nn.Module):
         self.blks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
 
     def forward(
-        self, x: Tensor, coords: Tensor, slide_index: Tensor | None = None, edge_index: Tensor | None = None
+        self,
+        x: Tensor,
+        coords: Tensor,
+        sizes: Sequence[int] | None = None,
+        edge_index: Tensor | None = None,
+        blocks: KeyBlocks | None = None,
     ) -> Tensor:
         for block in self.blks:
-            x = block(x, coords, slide_index, edge_index)
+            x = block(x, coords, sizes, edge_index, blocks)
         return x
 
 
@@ -183,8 +216,9 @@ class STPath(nn.Module):
         organ: Tensor,
         technology: Tensor,
         context: ContextTokens | None = None,
-        slide_index: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
         edge_index: Tensor | None = None,
+        blocks: KeyBlocks | None = None,
     ) -> Tensor:
         """Embedding of every spot, [N, d]: the last block's output, before the head.
 
@@ -198,14 +232,15 @@ class STPath(nn.Module):
             [N] tokens.
         context
             Measured expression of some spots.
-        slide_index
-            [N], the slide of each spot, where there are several; spots attend only within their slide.
-        edge_index
-            [2, E], for kNN attention: keys, and the queries that attend to them (`stpath_train.inputs.knn_edges`),
-            none across slides. Without it every spot attends to all of its slide.
+        sizes
+            Spots of each slide, where there are several, one after another; spots attend only within their slide.
+        edge_index, blocks
+            For kNN attention, one or the other: [2, E] keys, and the queries that attend to them (`knn_edges` of
+            `stpath_train.inputs`), as message passing, the reference; or the same in dense blocks (`knn_blocks`), fast.
+            Without them every spot attends to all of its slide.
         """
         x = self.input_encoder(features, organ, technology, context)
-        return self.model(x, coords, slide_index, edge_index)
+        return self.model(x, coords, sizes, edge_index, blocks)
 
     @property
     def blocks(self) -> list[Block]:
@@ -231,10 +266,11 @@ class STPath(nn.Module):
         organ: Tensor,
         technology: Tensor,
         context: ContextTokens | None = None,
-        slide_index: Tensor | None = None,
+        sizes: Sequence[int] | None = None,
         edge_index: Tensor | None = None,
+        blocks: KeyBlocks | None = None,
         token_ids: Tensor | None = None,
     ) -> Tensor:
         """Expression [N, G] from features; the parameters are those of `embed` and `decode`."""
-        embedding = self.embed(features, coords, organ, technology, context, slide_index, edge_index)
+        embedding = self.embed(features, coords, organ, technology, context, sizes, edge_index, blocks)
         return self.decode(embedding, token_ids)

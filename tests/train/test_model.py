@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from helpers import Golden, relative_l2
 from stpath_runtime.manifest import ModelConfig
 from stpath_train.checkpoint import seeded_checkpoint
-from stpath_train.inputs import knn_edges
+from stpath_train.inputs import knn_blocks, knn_edges
 from stpath_train.literal import literal_bias, literal_forward
 from stpath_train.model import ContextTokens, SpatialAttention, STPath, distance_bias
 
@@ -31,7 +31,7 @@ def golden_inputs(golden: Golden) -> dict:
         "organ": torch.full((n,), int(a["organ_id"])),
         "technology": torch.full((n,), int(a["tech_id"])),
         "context": context,
-        "slide_index": torch.from_numpy(a["slide_index"]),
+        "sizes": np.bincount(a["slide_index"]).tolist(),
     }
 
 
@@ -69,7 +69,7 @@ def random_case(seed: int, spots: int, heads: int, layers: int, slides: int, con
         "organ": torch.from_numpy(rng.integers(0, 25, spots)),
         "technology": torch.from_numpy(rng.integers(0, 5, spots)),
         "context": tokens if context else None,
-        "slide_index": torch.from_numpy(np.sort(rng.integers(0, slides, spots))),
+        "sizes": np.unique(rng.integers(0, slides, spots), return_counts=True)[1].tolist(),
     }
 
 
@@ -122,10 +122,11 @@ def test_frame_averaging_leaves_weight_times_distance():
 def test_slides_of_a_batch_do_not_see_each_other():
     model, inputs = random_case(seed=1, spots=30, heads=2, layers=2, slides=3, context=0)
     together = model.embed(**inputs)
-    for slide in range(3):
-        spots = inputs["slide_index"] == slide
-        alone = {k: v[spots] for k, v in inputs.items() if k not in ("context", "slide_index")}
-        assert torch.allclose(model.embed(**alone), together[spots], atol=1e-12)
+    assert len(inputs["sizes"]) == 3
+    for slide, found in enumerate(together.split(inputs["sizes"])):
+        parts = {k: v.split(inputs["sizes"]) for k, v in inputs.items() if k not in ("context", "sizes")}
+        alone = {k: v[slide] for k, v in parts.items()}
+        assert torch.allclose(model.embed(**alone), found, atol=1e-12)
 
 
 @pytest.mark.parametrize("queries", [1, 7, 1000])
@@ -139,7 +140,7 @@ def test_result_does_not_depend_on_how_many_queries_run_at_once(queries, monkeyp
 def test_knn_with_all_spots_of_a_slide_is_global_in_values_and_gradients():
     model, inputs = random_case(seed=3, spots=30, heads=2, layers=2, slides=3, context=4)
     model.requires_grad_(True)
-    coords = [inputs["coords"][inputs["slide_index"] == slide].numpy() for slide in range(3)]
+    coords = [part.numpy() for part in inputs["coords"].split(inputs["sizes"])]
     expected = model(**inputs)
     expected.square().sum().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -153,7 +154,7 @@ def test_knn_with_all_spots_of_a_slide_is_global_in_values_and_gradients():
 
 def test_knn_attends_to_the_nearest_and_to_no_other_slide():
     model, inputs = random_case(seed=4, spots=40, heads=2, layers=1, slides=2, context=0)
-    coords = [inputs["coords"][inputs["slide_index"] == slide].numpy() for slide in range(2)]
+    coords = [part.numpy() for part in inputs["coords"].split(inputs["sizes"])]
     edges = knn_edges(coords, 5)
     before = model.embed(**inputs, edge_index=edges)
     changed = dict(inputs, features=inputs["features"].clone())
@@ -162,3 +163,21 @@ def test_knn_attends_to_the_nearest_and_to_no_other_slide():
     attends = set(edges[1][edges[0] == 7].tolist())
     assert set(torch.nonzero(moved).ravel().tolist()) == attends
     assert 7 in attends
+
+
+@settings(max_examples=15, deadline=None)
+@given(cases, st.integers(1, 50))
+def test_blocks_equal_message_passing_in_values_and_gradients(case, neighbors):
+    model, inputs = case
+    model.requires_grad_(True)
+    coords = [part.numpy() for part in inputs["coords"].split(inputs["sizes"])]
+    expected = model(**inputs, edge_index=knn_edges(coords, neighbors))
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    found = model(**inputs, blocks=knn_blocks(coords, neighbors))
+    found.square().sum().backward()
+    assert torch.allclose(found, expected, atol=1e-10)
+    for name, p in model.named_parameters():
+        if name in gradients:
+            assert torch.allclose(p.grad, gradients[name], rtol=1e-8, atol=1e-8 * gradients[name].abs().max()), name

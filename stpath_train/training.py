@@ -1,0 +1,358 @@
+"""Training with Lightning: masked gene modelling of a store's slides, from a config to a checkpoint.
+
+A run is a folder:
+
+    RUN/
+      config.yaml          every choice
+      history.csv          a row an epoch: losses, learning rate, seconds
+      loss.png             its curves
+      checkpoints/         what a run goes on from: the last two epochs, and the best by validation loss
+      model.safetensors    the model: the best by validation loss, or the last; goes into `stpath export`
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L  # noqa: N812  as its own documentation has it
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from stpath_runtime.errors import InputError
+from stpath_runtime.manifest import ModelConfig
+from stpath_runtime.output import written_whole
+from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import TrainConfig, differences, read_config, write_config
+from .model import STPath
+from .store import Store
+from .windows import Batch, DrawSampler, Windows, collate
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CONFIG, HISTORY, CURVES, CHECKPOINTS, MODEL = (
+    "config.yaml",
+    "history.csv",
+    "loss.png",
+    "checkpoints",
+    "model.safetensors",
+)
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
+KEPT = 2  # checkpoints of the last epochs: should the machine die while it writes one, the other is whole
+
+
+def masked_loss(model: STPath, batch: Batch) -> Tensor:
+    """Mean over the windows of the squared error over masked spots and genes asked for, in log1p of counts.
+
+    The mean of windows, not of all their pairs, so that it does not matter how windows are shared out among steps and
+    devices.
+    """
+    features = batch.features.to(model.head[1].weight.dtype)
+    embedding = model.embed(
+        features, batch.coords, batch.organ, batch.technology, batch.context(), batch.sizes, blocks=batch.blocks
+    )
+    losses = [
+        F.mse_loss(model.decode(embedding[asked.spots], asked.tokens).float(), asked.dense()) for asked in batch.asked
+    ]
+    return torch.stack(losses).mean()
+
+
+class MaskedGeneModelling(L.LightningModule):
+    """The published objective: MSE of log1p of counts on masked spots, Adam, gradients clipped, a linear warm-up."""
+
+    def __init__(self, model: STPath, learning_rate: float, warmup_steps: int) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(True).train()
+        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
+        # A token's column of gene_embed [d, V] is gathered at each step: stored as a row, it is one run of memory.
+        weight = model.input_encoder.gene_embed.weight
+        weight.data = weight.data.T.contiguous().T
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Loss of one batch."""
+        loss = masked_loss(self.model, batch)
+        self.log("loss", loss, on_epoch=True, on_step=False, batch_size=len(batch.sizes), sync_dist=True, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Log the loss of one batch."""
+        loss = masked_loss(self.model, batch)
+        self.log("validation_loss", loss, batch_size=len(batch.sizes), sync_dist=True, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """Adam, its learning rate growing from 0 in the first steps."""
+        # fused: one pass over the weights; of 49 million, most are untouched columns of a step.
+        adam = torch.optim.Adam(self.parameters(), lr=self.learning_rate, fused=True)
+        warmup = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: min(1.0, (step + 1) / max(1, self.warmup_steps)))
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+
+class Slides(L.LightningDataModule):
+    """Windows of the training and validation slides."""
+
+    def __init__(self, store: Store, config: TrainConfig) -> None:
+        super().__init__()
+        self.store, self.config = store, config
+        chosen = config.data.slides if config.data.slides is not None else sorted(store.records)
+        self.training = [slide for slide in chosen if slide not in config.data.validation]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Windows drawn anew each epoch."""
+        return self._loader(self.training, 0, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """The same windows each epoch."""
+        return self._loader(self.config.data.validation, 1, shuffle=False) if self.config.data.validation else []
+
+    def _loader(self, slides: list[str], stream: int, *, shuffle: bool) -> DataLoader[Any]:
+        config, run = self.config, self.config.run
+        windows = Windows(self.store, slides, config.data, config.masking, [run.seed, stream])
+        trainer = self.trainer
+        assert trainer is not None
+        sampler = DrawSampler(windows, trainer.world_size, trainer.global_rank, shuffle=shuffle, seed=run.seed)
+        if not shuffle:  # Lightning tells a sampler the epoch, and validation is of the same windows in each
+            sampler.set_epoch = lambda epoch: None  # type: ignore[method-assign]
+        return DataLoader(
+            windows,
+            run.batch,
+            sampler=sampler,
+            num_workers=config.data.workers,
+            collate_fn=partial(collate, neighbors=config.model.neighbors),
+            persistent_workers=config.data.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+class History(Callback):
+    """Losses of each epoch, kept in the checkpoints, so that a run that goes on has one curve."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, float]] = []
+        self.start = time.perf_counter()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the history of a checkpoint."""
+        self.rows = list(state_dict["rows"])
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the time."""
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add a row, and write the table and its picture."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "loss": metrics["loss"]}
+        if "validation_loss" in metrics:
+            row["validation_loss"] = metrics["validation_loss"]
+        row["learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+        row["seconds"] = round(time.perf_counter() - self.start, 3)
+        self.rows.append(row)
+        if trainer.is_global_zero:
+            write_history(self.rows, self.folder)
+            if trainer.progress_bar_callback is None:  # in a pipe or a log file
+                shown = ", ".join(f"{name.replace('_', ' ')} {row[name]:.4f}" for name in row if "loss" in name)
+                print(f"epoch {row['epoch']}: {shown}, {row['seconds']:.1f} s", flush=True)  # noqa: T201
+
+
+def train(config: TrainConfig) -> Path:
+    """Train, or go on with the run of the same config that is in `config.run.out`; returns the model's file.
+
+    Raises
+    ------
+    InputError
+        If the store, a slide or the checkpoint does not fit the config, the run's folder holds another run, or the
+        device is not there.
+    """
+    run = config.run
+    store = Store.open(config.data.store)
+    _check_slides(store, config)
+    L.seed_everything(run.seed, verbose=False)
+    model = _model(store, config)
+    slides = Slides(store, config)
+    trainer = _trainer(config)
+    if trainer.is_global_zero:
+        _claim(config)
+    last = _last_checkpoint(run.out)
+    module = MaskedGeneModelling(model, config.optimizer.learning_rate, config.optimizer.warmup_steps)
+    with warnings.catch_warnings():
+        for known in ("does not have many workers", "DataLoader is not using", "Trainer already configured"):
+            warnings.filterwarnings("ignore", f".*{known}.*")
+        trainer.fit(module, slides, ckpt_path=last, weights_only=True)
+    if trainer.is_global_zero:
+        best = _best(trainer)
+        if best:
+            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            module.load_state_dict(state)
+        save_checkpoint(module.model, run.out / MODEL)
+    return run.out / MODEL
+
+
+def write_history(rows: list[dict[str, float]], folder: Path) -> None:
+    """Write history.csv and loss.png."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    with written_whole(folder / HISTORY) as partial:
+        table.to_csv(partial, index=False)
+    with written_whole(folder / CURVES) as partial:
+        _plot(table, partial)
+
+
+def _plot(table: pd.DataFrame, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table["epoch"], table["loss"], label="training")
+    if "validation_loss" in table:
+        axes.plot(table["epoch"], table["validation_loss"], label="validation")
+    axes.set(xlabel="epoch", ylabel="mean squared error on masked spots\n(log1p of raw counts)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, format="png", dpi=150)
+
+
+def _check_slides(store: Store, config: TrainConfig) -> None:
+    data = config.data
+    store.require_slides([*(data.slides or []), *data.validation])
+    chosen = data.slides if data.slides is not None else sorted(store.records)
+    if outside := [slide for slide in data.validation if slide not in chosen]:
+        raise InputError(f"data.validation: {outside[0]!r} is not among data.slides; add it there")
+    training = [slide for slide in chosen if slide not in data.validation]
+    if not training:
+        raise InputError(f"{store.path}: no slide is left to train on; give data.slides and data.validation others")
+    patients = {store.records[slide].patient for slide in training} - {""}
+    for slide in data.validation:
+        if (patient := store.records[slide].patient) in patients:
+            raise InputError(f"data.validation: {slide!r} is of patient {patient!r}, who has slides in training too")
+    for slide in chosen:
+        if store.records[slide].counts == "log1p" and data.counts == "raw":
+            raise InputError(f"slide {slide}: its counts are log-transformed already; set data.counts to log1p")
+
+
+def _model(store: Store, config: TrainConfig) -> STPath:
+    """The model to train: random weights from the seed, or those of the checkpoint."""
+    wanted = config.model
+    attention = {"attention": wanted.attention, "neighbors": wanted.neighbors}
+    if wanted.checkpoint is None:
+        sizes = {name: getattr(wanted, name) for name in ("d_model", "n_heads", "n_layers", "d_mlp")}
+        inputs = {"n_features": store.n_features, "n_tokens": store.vocabulary.n_tokens}
+        return STPath(
+            ModelConfig(**sizes, **inputs, n_organs=len(ORGANS), n_technologies=len(TECHNOLOGIES), **attention)
+        )
+    model = load_checkpoint(wanted.checkpoint)
+    for field in ("d_model", "n_heads", "n_layers", "d_mlp"):
+        if field in wanted.model_fields_set and getattr(wanted, field) != getattr(model.config, field):
+            raise InputError(
+                f"model.{field}: {getattr(wanted, field)}, but {wanted.checkpoint} has {getattr(model.config, field)}; "
+                "leave the sizes out"
+            )
+    for what, found, needed in (
+        ("features", store.n_features, model.config.n_features),
+        ("gene tokens", store.vocabulary.n_tokens, model.config.n_tokens),
+    ):
+        if found != needed:
+            raise InputError(f"{wanted.checkpoint}: a model of {needed:,} {what}; those of {store.path} are {found:,}")
+    model.config = ModelConfig(**{**vars(model.config), **attention})
+    return model
+
+
+def _trainer(config: TrainConfig) -> L.Trainer:
+    from rich.console import Console
+
+    run = config.run
+    folder = run.out / CHECKPOINTS
+    # Two callbacks: one to go on from, one for the best.
+    callbacks: list[Callback] = [
+        History(run.out),
+        ModelCheckpoint(
+            folder, "last-{epoch}", monitor="epoch", mode="max", save_top_k=KEPT, save_on_train_epoch_end=True
+        ),
+    ]
+    if config.data.validation:
+        callbacks.append(
+            ModelCheckpoint(folder, "best-{epoch}", monitor="validation_loss", save_on_train_epoch_end=True)
+        )
+    if run.early_stopping is not None:
+        callbacks.append(EarlyStopping("validation_loss", patience=run.early_stopping, check_on_train_epoch_end=True))
+    if run.accelerator == "gpu" and not torch.cuda.is_available():
+        raise InputError("run.accelerator: gpu, but PyTorch finds no GPU; set it to cpu, or install a build for CUDA")
+    interactive = Console(stderr=True).is_terminal
+    if interactive:
+        from lightning.pytorch.callbacks import RichProgressBar
+
+        callbacks.append(RichProgressBar(leave=True))
+    return L.Trainer(
+        accelerator=run.accelerator,
+        devices=run.devices,
+        num_nodes=run.nodes,
+        strategy="ddp" if run.devices * run.nodes > 1 else "auto",
+        precision=PRECISIONS[run.precision],  # type: ignore[arg-type]
+        max_epochs=run.epochs,
+        accumulate_grad_batches=run.accumulate,
+        gradient_clip_val=config.optimizer.clip or None,
+        callbacks=callbacks,
+        logger=_logger(config),
+        default_root_dir=run.out,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        log_every_n_steps=10,
+        enable_progress_bar=interactive,
+        enable_model_summary=False,
+    )
+
+
+def _logger(config: TrainConfig) -> Any:
+    run = config.run
+    if run.logger == "none":
+        return False
+    if run.logger == "tensorboard":
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        return TensorBoardLogger(run.out, name="tensorboard", version="")
+    from importlib.util import find_spec
+
+    if find_spec("wandb") is None:
+        raise InputError("run.logger: wandb is not installed; run: pip install wandb")
+    from lightning.pytorch.loggers import WandbLogger
+
+    return WandbLogger(name=run.out.name, save_dir=run.out, config=config.model_dump(mode="json"))
+
+
+def _claim(config: TrainConfig) -> None:
+    """Write the config into the run's folder, where no other run is."""
+    out = config.run.out
+    if (out / CONFIG).exists():
+        if changed := differences(read_config(out / CONFIG), config):
+            raise InputError(f"{out}: a run with another config ({'; '.join(changed)}); choose another run.out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: exists and is no run of stpath; choose another run.out")
+    out.mkdir(parents=True, exist_ok=True)
+    with written_whole(out / CONFIG) as partial:
+        write_config(config, partial)
+
+
+def _last_checkpoint(out: Path) -> Path | None:
+    """The checkpoint of the last whole epoch, if there is one."""
+    found = {int(path.stem.rsplit("=")[-1]): path for path in (out / CHECKPOINTS).glob("last-epoch=*.ckpt")}
+    return found[max(found)] if found else None
+
+
+def _best(trainer: L.Trainer) -> str:
+    """The best checkpoint by validation loss; empty where there is no validation."""
+    found = [c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "monitor", "") == "validation_loss"]
+    return found[0] if found else ""
