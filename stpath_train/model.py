@@ -75,7 +75,7 @@ class InputEncoder(nn.Module):
         genes = self.gene_embed.weight[:, MASK_TOKEN].expand(len(features), -1)
         if context is not None:
             rows = self.gene_rows(context.log_counts, context.token_ids)
-            genes = genes.index_put((context.spots,), rows)
+            genes = genes.index_put((context.spots,), rows.to(genes.dtype))  # autocast may lower a product's type
         return self.image_embed(features) + genes + self.tech_embed(technology) + self.organ_embed(organ)
 
 

@@ -19,7 +19,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +139,11 @@ class Store:
         return cls(path, GeneVocabulary.read(path / GENES), n_features, records)
 
     def add(self, record: Record, adata: AnnData) -> None:
-        """Write a slide, in spatial order, and then name it in the index.
+        """Write a slide, and then name it in the index; as `write` and `index` together."""
+        self.index(self.write(record, adata))
+
+    def write(self, record: Record, adata: AnnData) -> Record:
+        """Write a slide's file, in spatial order; the slide is of the store once `index` names it.
 
         Parameters
         ----------
@@ -148,6 +152,10 @@ class Store:
         adata
             X sparse counts [N, P], var as `measured` gives it with `highly_variable`, obsm spatial [N, 2] in pixels
             and features [N, F].
+
+        Returns
+        -------
+        The record, filled in.
 
         Raises
         ------
@@ -164,8 +172,11 @@ class Store:
         with written_whole(self.slide_path(record.slide)) as partial:
             adata[order].copy().write_h5ad(partial, compression="lzf")
         self.n_features = width
-        filled = {**asdict(record), "spots": adata.n_obs, "genes": adata.n_vars}
-        self.records[record.slide] = Record(**filled)
+        return replace(record, spots=adata.n_obs, genes=adata.n_vars)
+
+    def index(self, record: Record) -> None:
+        """Name a slide, whose file is written, in the index."""
+        self.records[record.slide] = record
         self._write_index()
 
     def slide_path(self, slide: str) -> Path:

@@ -12,13 +12,15 @@ A run is a folder:
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lightning as L  # noqa: N812  as its own documentation has it
+import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -87,6 +89,13 @@ class MaskedGeneModelling(L.LightningModule):
         """Log the loss of one batch."""
         loss = masked_loss(self.model, batch)
         self.log("validation_loss", loss, batch_size=len(batch.sizes), sync_dist=True, prog_bar=True)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip by norm; Lightning's own refuses a fused optimizer in mixed precision, even where nothing is scaled."""
+        if gradient_clip_val is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
         """Adam, its learning rate growing from 0 in the first steps."""
@@ -180,6 +189,7 @@ def train(config: TrainConfig) -> Path:
     run = config.run
     store = Store.open(config.data.store)
     _check_slides(store, config)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
     L.seed_everything(run.seed, verbose=False)
     model = _model(store, config)
     slides = Slides(store, config)
@@ -187,9 +197,11 @@ def train(config: TrainConfig) -> Path:
     if trainer.is_global_zero:
         _claim(config)
     last = _last_checkpoint(run.out)
+    if last is not None and trainer.is_global_zero:
+        print(f"going on with {last}", flush=True)  # noqa: T201
     module = MaskedGeneModelling(model, config.optimizer.learning_rate, config.optimizer.warmup_steps)
     with warnings.catch_warnings():
-        for known in ("does not have many workers", "DataLoader is not using", "Trainer already configured"):
+        for known in ("does not have many workers", "Total length of", "exists and is not empty", "LeafSpec"):
             warnings.filterwarnings("ignore", f".*{known}.*")
         trainer.fit(module, slides, ckpt_path=last, weights_only=True)
     if trainer.is_global_zero:
@@ -247,12 +259,20 @@ def _check_slides(store: Store, config: TrainConfig) -> None:
 def _model(store: Store, config: TrainConfig) -> STPath:
     """The model to train: random weights from the seed, or those of the checkpoint."""
     wanted = config.model
-    attention = {"attention": wanted.attention, "neighbors": wanted.neighbors}
     if wanted.checkpoint is None:
-        sizes = {name: getattr(wanted, name) for name in ("d_model", "n_heads", "n_layers", "d_mlp")}
-        inputs = {"n_features": store.n_features, "n_tokens": store.vocabulary.n_tokens}
         return STPath(
-            ModelConfig(**sizes, **inputs, n_organs=len(ORGANS), n_technologies=len(TECHNOLOGIES), **attention)
+            ModelConfig(
+                d_model=wanted.d_model,
+                n_heads=wanted.n_heads,
+                n_layers=wanted.n_layers,
+                d_mlp=wanted.d_mlp,
+                n_features=store.n_features,
+                n_tokens=store.vocabulary.n_tokens,
+                n_organs=len(ORGANS),
+                n_technologies=len(TECHNOLOGIES),
+                attention=wanted.attention,
+                neighbors=wanted.neighbors,
+            )
         )
     model = load_checkpoint(wanted.checkpoint)
     for field in ("d_model", "n_heads", "n_layers", "d_mlp"):
@@ -267,7 +287,7 @@ def _model(store: Store, config: TrainConfig) -> STPath:
     ):
         if found != needed:
             raise InputError(f"{wanted.checkpoint}: a model of {needed:,} {what}; those of {store.path} are {found:,}")
-    model.config = ModelConfig(**{**vars(model.config), **attention})
+    model.config = replace(model.config, attention=wanted.attention, neighbors=wanted.neighbors)
     return model
 
 
@@ -354,5 +374,7 @@ def _last_checkpoint(out: Path) -> Path | None:
 
 def _best(trainer: L.Trainer) -> str:
     """The best checkpoint by validation loss; empty where there is no validation."""
-    found = [c.best_model_path for c in trainer.checkpoint_callbacks if getattr(c, "monitor", "") == "validation_loss"]
-    return found[0] if found else ""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor == "validation_loss":
+            return callback.best_model_path
+    return ""

@@ -102,7 +102,7 @@ class DrawSampler(DistributedSampler[int]):
     """Draws of `Windows`: each slide once an epoch, shared out among the processes of a run."""
 
     def __iter__(self) -> Iterator[int]:
-        return (self.epoch * len(self.dataset) + index for index in super().__iter__())  # type: ignore[arg-type, operator]
+        return (self.epoch * len(self.dataset) + index for index in super().__iter__())  # type: ignore[arg-type]
 
 
 def nearest_spots(coords: npt.NDArray[np.float32], centre: int, n: int) -> Ints:

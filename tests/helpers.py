@@ -17,6 +17,7 @@ from stpath_runtime.slide import Slide
 from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.model import STPath
+from stpath_train.store import Record, Store, highly_variable, measured
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CASES = ("tiny_masked", "tiny_context", "tiny_batch", "full_masked", "full_context")
@@ -118,3 +119,24 @@ def write_context(context: Context, path: Path) -> Path:
     obs, var = (pd.DataFrame(index=pd.Index(list(names), dtype=object)) for names in (context.ids, context.genes))
     AnnData(X=np.asarray(context.counts, np.float32), obs=obs, var=var).write_h5ad(path)
     return path
+
+
+def an_adata(vocabulary, spots: int = 130, genes: int = 12, features: int = 6, seed: int = 0) -> AnnData:
+    """A slide of random counts: each spot's first feature is its number."""
+    rng = np.random.default_rng(seed)
+    names = rng.choice(np.array(vocabulary.symbols), genes, replace=False)
+    adata = measured(rng.poisson(2, (spots, genes)), names, vocabulary, "made up")
+    adata.obs_names = [f"spot{i}" for i in range(spots)]
+    adata.obsm["spatial"] = rng.integers(0, 5000, (spots, 2))
+    adata.obsm["features"] = rng.standard_normal((spots, features)).astype(np.float32)
+    adata.obsm["features"][:, 0] = np.arange(spots)
+    adata.var["highly_variable"] = highly_variable(adata, 4, adata.X.log1p())
+    return adata
+
+
+def a_store(path: Path, slides: int = 4, spots: int = 130) -> Store:
+    """A store of random slides S0, S1, ..., each of a patient of its own, over 38 genes."""
+    store = Store.create(path, made_up_vocabulary(40))
+    for i in range(slides):
+        store.add(Record(f"S{i}", "Breast", "Visium", patient=f"p{i}"), an_adata(store.vocabulary, spots, seed=i))
+    return store

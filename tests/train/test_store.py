@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import made_up_vocabulary
+from helpers import an_adata, made_up_vocabulary
 from stpath_runtime.errors import InputError
 from stpath_train.store import Record, Store, Task, highly_variable, measured, open_slide, read_rows
-
-
-def an_adata(vocabulary, spots: int = 130, genes: int = 12, features: int = 6, seed: int = 0) -> AnnData:
-    """A slide of random counts: each spot's first feature is its number."""
-    rng = np.random.default_rng(seed)
-    names = rng.choice(np.array(vocabulary.symbols), genes, replace=False)
-    adata = measured(rng.poisson(2, (spots, genes)), names, vocabulary, "made up")
-    adata.obs_names = [f"spot{i}" for i in range(spots)]
-    adata.obsm["spatial"] = rng.integers(0, 5000, (spots, 2))
-    adata.obsm["features"] = rng.standard_normal((spots, features)).astype(np.float32)
-    adata.obsm["features"][:, 0] = np.arange(spots)
-    adata.var["highly_variable"] = highly_variable(adata, 4, adata.X.log1p())
-    return adata
 
 
 @pytest.fixture

@@ -1,0 +1,257 @@
+"""Training runs: the objective, the loss curve, going on, several processes, and faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from helpers import a_store, made_up_vocabulary, relative_l2
+from stpath_runtime.errors import InputError
+from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
+from stpath_train.config import Data, Masking, TrainConfig
+from stpath_train.literal import literal_forward
+from stpath_train.training import MaskedGeneModelling, masked_loss, train
+from stpath_train.windows import Windows, collate
+
+CONFIG = """
+data: {{store: {store}, spots: [16, 64], workers: 0{data}}}
+model: {{{model}}}
+optimizer: {{warmup_steps: 3, learning_rate: 3e-3}}
+run: {{out: {out}, accelerator: cpu{run}}}
+"""
+SIZES = "d_model: 16, n_heads: 2, n_layers: 2, d_mlp: 32"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return a_store(tmp_path_factory.mktemp("training") / "store")
+
+
+@pytest.fixture
+def configured(store, tmp_path):
+    """A config of a small run, as text in a file and as a TrainConfig."""
+
+    def make(out: str = "run", model: str = SIZES, data: str = "", run: str = "epochs: 2") -> Path:
+        parts = {"data": f", {data}" if data else "", "run": f", {run}", "model": model}
+        path = tmp_path / f"{out}.yaml"
+        path.write_text(CONFIG.format(store=store.path, out=tmp_path / out, **parts))
+        return path
+
+    return make
+
+
+def run(path: Path) -> tuple[pd.DataFrame, dict[str, torch.Tensor]]:
+    """Train in this process: the history and the weights."""
+    from stpath_train.config import read_config
+
+    model = train(read_config(path))
+    return pd.read_csv(model.parent / "history.csv"), load_checkpoint(model).state_dict()
+
+
+def command(path: Path) -> list[str]:
+    return [sys.executable, "-m", "stpath_runtime", "train", str(path)]
+
+
+def same(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def close(found: dict, expected: dict, tolerance: float) -> None:
+    """Equal but for the order of sums. A key's bias moves no softmax: its gradient is rounding, which Adam scales up."""
+    for name, value in expected.items():
+        rows = slice(None)
+        if name.endswith("layernorm_qkv.1.bias"):
+            rows = torch.cat([torch.arange(len(value) // 3), torch.arange(2 * len(value) // 3, len(value))])
+        assert relative_l2(found[name][rows], value[rows]) < tolerance, name
+
+
+def test_loss_and_gradients_equal_those_of_the_literal_formula_with_dense_tokens(store):
+    data = Data(store=store.path, spots=(16, 64))
+    windows = Windows(store, ["S0", "S1"], data, Masking(), [0, 0])
+    batch = collate([windows[0], windows[1]])
+    config = TrainConfig.model_validate({"data": {"store": "s"}, "run": {"out": "r", "epochs": 1}})
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_mlp": 32, "n_features": 6, "n_tokens": 40}
+    from stpath_runtime.manifest import ModelConfig
+
+    model = seeded_checkpoint(ModelConfig(**sizes, n_organs=25, n_technologies=5), 0)
+    module = MaskedGeneModelling(model, config.optimizer.learning_rate, 0)
+    module.double()
+    batch.coords = batch.coords.double()
+    batch.known = batch.known._replace(value=batch.known.value.double())
+    loss = masked_loss(model, batch)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+
+    expression = literal_forward(
+        model, batch.features.double(), batch.coords, batch.organ, batch.technology, batch.context(), batch.sizes
+    )[1]
+    terms = []
+    for asked in batch.asked:
+        predicted = expression[asked.spots][:, asked.tokens]
+        terms.append((predicted - asked.dense()).square().mean())
+    literal = torch.stack(terms).mean()
+    literal.backward()
+    assert loss.item() == pytest.approx(literal.item(), rel=1e-6)  # the loss itself is taken in float32
+    for name, p in model.named_parameters():
+        assert relative_l2(found[name], p.grad) < 1e-6 or p.grad.abs().max() < 1e-12, name
+
+
+def test_a_run_learns_and_its_checkpoint_can_be_loaded(configured, tmp_path):
+    history, weights = run(configured(run="epochs: 12", data="validation: [S3], windows_per_slide: 4"))
+    assert list(history["epoch"]) == list(range(1, 13))
+    assert history["loss"].iloc[-3:].mean() < 0.8 * history["loss"].iloc[0]
+    assert history["validation_loss"].iloc[-1] < history["validation_loss"].iloc[0]
+    assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
+    best = torch.load(next((tmp_path / "run/checkpoints").glob("best-*.ckpt")), weights_only=True)["state_dict"]
+    same({f"model.{name}": value for name, value in weights.items()}, best)
+
+
+@pytest.mark.parametrize("attention", ["", ", attention: knn, neighbors: 8"])
+def test_two_epochs_and_two_more_equal_four(configured, attention):
+    straight = run(configured("straight", SIZES + attention, run="epochs: 4"))
+    run(configured("halves", SIZES + attention, run="epochs: 2"))
+    halves = run(configured("halves", SIZES + attention, run="epochs: 4"))
+    pd.testing.assert_frame_equal(halves[0].drop(columns="seconds"), straight[0].drop(columns="seconds"))
+    same(halves[1], straight[1])
+
+
+def test_the_attention_of_the_run_is_that_of_its_checkpoint(configured, tmp_path):
+    run(configured(model=SIZES + ", attention: knn, neighbors: 8", run="epochs: 1"))
+    config = load_checkpoint(tmp_path / "run" / "model.safetensors").config
+    assert (config.attention, config.neighbors) == ("knn", 8)
+
+
+def test_windows_loaded_by_other_processes_are_the_same(configured):
+    alone = run(configured("alone", run="epochs: 2"))
+    path = configured("helped", run="epochs: 2")
+    path.write_text(path.read_text().replace("workers: 0", "workers: 2"))
+    helped = run(path)
+    same(helped[1], alone[1])
+
+
+def test_accumulated_batches_equal_one_of_all(configured):
+    data = "slides: [S0, S1, S2, S3]"
+    together = run(configured("together", run="epochs: 2, batch: 4", data=data))
+    accumulated = run(configured("accumulated", run="epochs: 2, batch: 2, accumulate: 2", data=data))
+    close(accumulated[1], together[1], 1e-4)
+
+
+def test_bf16_stays_near_fp32(configured):
+    exact, _ = run(configured("exact", run="epochs: 3"))
+    low, _ = run(configured("low", run="epochs: 3, precision: bf16"))
+    np.testing.assert_allclose(low["loss"], exact["loss"], rtol=0.02)
+    assert not np.array_equal(low["loss"], exact["loss"])
+
+
+def test_early_stopping_ends_a_run(configured):
+    path = configured(run="epochs: 50, early_stopping: 1", data="validation: [S3]")
+    path.write_text(path.read_text().replace("learning_rate: 3e-3", "learning_rate: 1.0"))
+    assert len(run(path)[0]) < 50
+
+
+def test_fine_tuning_is_one_line(configured, store, tmp_path):
+    first = run(configured("first"))[1]
+    tuned = run(configured("tuned", f"checkpoint: {tmp_path}/first/model.safetensors"))[1]
+    assert tuned.keys() == first.keys()
+    from stpath_train.config import read_config
+    from stpath_train.training import _model
+
+    config = read_config(configured("tuned", f"checkpoint: {tmp_path}/first/model.safetensors"))
+    same(_model(store, config).state_dict(), first)
+
+
+def test_two_processes_train_as_one_with_their_windows_together(configured, tmp_path):
+    one = run(configured("one", run="epochs: 2, batch: 2"))
+    path = configured("two", run="epochs: 2, batch: 1, devices: 2")
+    done = subprocess.run(command(path), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    history = pd.read_csv(tmp_path / "two" / "history.csv")
+    np.testing.assert_allclose(history["loss"], one[0]["loss"], rtol=1e-5)
+    close(load_checkpoint(tmp_path / "two" / "model.safetensors").state_dict(), one[1], 1e-4)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_curve(configured, tmp_path):
+    straight = run(configured("straight", run="epochs: 6"))
+    path = configured("killed", run="epochs: 6")
+    process = subprocess.Popen(command(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    checkpoints, deadline = tmp_path / "killed" / "checkpoints", time.monotonic() + 120
+    while not list(checkpoints.glob("last-*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists(), "it was done before it was killed"
+    again = run(path)
+    pd.testing.assert_frame_equal(again[0].drop(columns="seconds"), straight[0].drop(columns="seconds"))
+    same(again[1], straight[1])
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"data": "validation: [S9]"}, "no slide 'S9'; it has 4"),
+        ({"data": "slides: [S0], validation: [S1]"}, "'S1' is not among data.slides"),
+        ({"data": "slides: [S0], validation: [S0]"}, "no slide is left to train on"),
+        ({"model": "checkpoint: nowhere.pth"}, "no such checkpoint"),
+        ({"run": "epochs: 2, logger: wandb"}, "wandb is not installed"),
+    ],
+)
+def test_faults_are_named_and_leave_nothing(configured, tmp_path, how, message):
+    from stpath_train.config import read_config
+
+    with pytest.raises(InputError, match=message):
+        train(read_config(configured(**how)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_or_another_folder_is_not_touched(configured, tmp_path):
+    run(configured(run="epochs: 1"))
+    with pytest.raises(InputError, match=r"a run with another config \(run.seed 0, now 1\)"):
+        run(configured(run="epochs: 1, seed: 1"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(InputError, match="is no run of stpath"):
+        run(configured("mine"))
+
+
+def test_a_checkpoint_that_does_not_fit_the_store_is_refused(configured, tiny_checkpoint, tmp_path):
+    with pytest.raises(InputError, match=r"a model of .* those of .* are 6"):
+        run(configured(model=f"checkpoint: {tiny_checkpoint}"))
+    run(configured("first", run="epochs: 1"))
+    with pytest.raises(InputError, match="model.d_model: 32, but .* has 16; leave the sizes out"):
+        run(configured("second", f"checkpoint: {tmp_path}/first/model.safetensors, d_model: 32"))
+
+
+def test_patients_do_not_stand_on_both_sides_and_counts_are_raw(tmp_path):
+    from dataclasses import replace
+
+    from helpers import an_adata
+    from stpath_train.config import read_config
+
+    store = a_store(tmp_path / "store", slides=2)
+    record = store.records["S0"]
+    store.add(replace(record, slide="T", counts="log1p", patient="p0"), an_adata(made_up_vocabulary(40)))
+    for data, message in (
+        ("validation: [T]", "of patient 'p0', who has slides in training too"),
+        ("slides: [S1, T]", "log-transformed already; set data.counts to log1p"),
+    ):
+        path = tmp_path / "c.yaml"
+        path.write_text(f"data: {{store: store, {data}}}\nrun: {{out: run, epochs: 1}}\n")
+        with pytest.raises(InputError, match=message):
+            train(read_config(path))
+
+
+def test_saved_weights_are_in_the_published_layout(tmp_path, tiny):
+    model = MaskedGeneModelling(tiny.model, 1e-3, 0).model
+    save_checkpoint(model, tmp_path / "x.safetensors")
+    same(load_checkpoint(tmp_path / "x.safetensors").state_dict(), tiny.model.state_dict())
