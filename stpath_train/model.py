@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stpath_runtime.manifest import ModelConfig
 from stpath_runtime.vocabulary import FIRST_GENE_TOKEN, MASK_TOKEN
@@ -64,17 +65,17 @@ class InputEncoder(nn.Module):
         self.tech_embed = nn.Embedding(config.n_technologies, config.d_model)
         self.organ_embed = nn.Embedding(config.n_organs, config.d_model)
 
-    def gene_rows(self, values: Tensor, token_ids: Tensor) -> Tensor:
-        """Embedded token rows [R, d]: values [R, P] in the columns of the tokens [P], 0 elsewhere."""
-        return values @ self.gene_embed.weight.T[token_ids]
-
     def forward(
         self, features: Tensor, organ: Tensor, technology: Tensor, context: ContextTokens | None = None
     ) -> Tensor:
         """Embed spots, [N, d]; those without context take the mask token's row."""
-        genes = self.gene_embed.weight[:, MASK_TOKEN].expand(len(features), -1)
+        tokens = torch.tensor([MASK_TOKEN], device=features.device)
         if context is not None:
-            rows = self.gene_rows(context.log_counts, context.token_ids)
+            tokens = torch.cat([tokens, context.token_ids])
+        embedded = self.gene_embed.weight.T[tokens]  # [1 + P, d]; picked at once: each picking has a gradient [V, d]
+        genes = embedded[0].expand(len(features), -1)
+        if context is not None:
+            rows = context.log_counts @ embedded[1:]
             genes = genes.index_put((context.spots,), rows.to(genes.dtype))  # autocast may lower a product's type
         return self.image_embed(features) + genes + self.tech_embed(technology) + self.organ_embed(organ)
 
@@ -123,9 +124,13 @@ class SpatialAttention(nn.Module):
         tiles = []
         for start in range(0, len(coords), QUERIES_AT_ONCE):
             rows = slice(start, start + QUERIES_AT_ONCE)
-            bias = distance_bias(self.distance_weight, coords[rows], coords)  # [H, T, N]
-            tiles.append(F.scaled_dot_product_attention(q[:, rows], k, v, attn_mask=bias.to(q.dtype)))
+            # For gradients, the scores [H, T, N] are computed again and not kept.
+            tiles.append(checkpoint(self._attend, q[:, rows], k, v, coords[rows], coords, use_reentrant=False))
         return torch.cat(tiles, dim=1).transpose(0, 1)  # [N, H, d/H]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, key_coords: Tensor) -> Tensor:
+        bias = distance_bias(self.distance_weight, coords, key_coords)  # [H, T, N]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, blocks: KeyBlocks) -> Tensor:
         spot = blocks.spot.reshape(len(blocks.keys), -1)  # [b, B]

@@ -1,0 +1,111 @@
+"""A training step in a process of its own: its time, and the peak memory of the process.
+
+`python benchmarks/training_step.py collapsed|literal`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_train.checkpoint import seeded_checkpoint
+from stpath_train.literal import literal_forward
+from stpath_train.model import PUBLISHED_SIZES, STPath
+from stpath_train.training import MaskedGeneModelling, masked_loss
+from stpath_train.windows import Batch, collate, masked_window
+
+SPOTS, MEASURED, NONZERO = 1024, 18_000, 5_000  # of a Visium slide: genes measured, and a spot's nonzero counts
+
+
+def step_alone(kind: str) -> dict[str, float]:
+    """One step in a new process: seconds (its second step) and the bytes of its peak."""
+    command = [sys.executable, __file__, kind]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def a_batch() -> Batch:
+    """One window of 1,024 spots, masked as published, of a simulated slide."""
+    return collate([masked_window(_SimulatedSlide(), np.arange(SPOTS), _masking(), np.random.default_rng(1))])
+
+
+def steps(batch: Batch) -> dict[str, Callable[[], float]]:
+    """The collapsed and the literal step on one model of the published sizes; each returns its loss."""
+    model = seeded_checkpoint(PUBLISHED_SIZES, 0)
+    module = MaskedGeneModelling(model, 5e-4, 100)
+    adam = module.configure_optimizers()["optimizer"]
+
+    def step(loss_of: Callable[[STPath, Batch], torch.Tensor]) -> float:
+        adam.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        return loss.item()
+
+    return {"collapsed": lambda: step(masked_loss), "literal": lambda: step(literal_loss)}
+
+
+def literal_loss(model: STPath, batch: Batch) -> torch.Tensor:
+    """The published step: literal formula, dense tokens [N, 38,984], and a head over all genes."""
+    context = batch.context()
+    expression = literal_forward(
+        model, batch.features, batch.coords, batch.organ, batch.technology, context, batch.sizes
+    )[1]
+    (asked,) = batch.asked
+    predicted = expression[asked.spots][:, asked.tokens]
+    return torch.nn.functional.mse_loss(predicted, asked.dense())
+
+
+def _masking():
+    from stpath_train.config import Masking
+
+    return Masking(highly_variable=1)
+
+
+class _SimulatedSlide:
+    """Random counts in the shape of a Visium slide, read as a `StoredSlide` is."""
+
+    def __init__(self) -> None:
+        from stpath_train.store import Record
+
+        rng = np.random.default_rng(0)
+        self.record = Record("simulated", "Breast", "Visium")
+        self.tokens = np.sort(rng.choice(np.arange(2, GeneVocabulary.published().n_tokens), MEASURED, replace=False))
+        self.highly_variable = np.arange(MEASURED) < 200
+        row, column = np.divmod(np.arange(SPOTS), 32)
+        self.pixels = np.stack([200 * column + 100 * (row % 2), 173 * row], axis=1)
+        self.coords = (self.pixels / self.pixels.max(axis=0) * 100).astype(np.float32)
+        self._rng = rng
+
+    def read(self, spots):
+        from scipy.sparse import csr_matrix
+
+        column = np.concatenate([self._rng.choice(MEASURED, NONZERO, replace=False) for _ in spots])
+        values = np.log1p(self._rng.poisson(2, len(column)) + 1).astype(np.float32)
+        counts = csr_matrix((values, column, np.arange(len(spots) + 1) * NONZERO), shape=(len(spots), MEASURED))
+        return self._rng.standard_normal((len(spots), 1536)).astype(np.float32), counts
+
+
+def _main(kind: str) -> None:
+    batch = a_batch()
+    step = steps(batch)[kind]
+    step()
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    # Not ru_maxrss: a child's starts at what its parent held when it forked.
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
