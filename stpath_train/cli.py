@@ -12,17 +12,163 @@ from typing import Annotated
 import typer
 
 from stpath_runtime.errors import InputError
+from stpath_runtime.progress import progress_bar
+
+from .evaluation.run import TaskName
+from .sources import Counts, Layout
 
 TRAIN = ("torch", "torch_geometric", "safetensors", "lightning", "pydantic", "yaml", "scanpy", "sklearn", "matplotlib")
+EVALUATE = ("torch", "pandas", "scanpy", "igraph", "sklearn", "matplotlib")
 
 data = typer.Typer(no_args_is_help=True, help="Prepare slides with measured expression for training and evaluation.")
 
 
-def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The run; stpath train --example prints one.")],
+@data.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the data set, as it was downloaded.")],
+    layout: Annotated[Layout, typer.Option(help="How the folder is laid out.")],
+    out: Annotated[Path, typer.Option(metavar="STORE", help="The training store, new or to be added to.")],
+    features: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of features, ID.h5; left out with stpath: SOURCE.")
+    ] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv", help="A row a slide; left out: the data set's own.")
+    ] = None,
+    exclude: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Slides to leave out: an id, or column=value, a line.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="What to predict of a whole slide.")] = None,
+    counts: Annotated[Counts, typer.Option(help="What the files hold.")] = Counts.RAW,
+    hvg: Annotated[int, typer.Option(metavar="N", min=1, help="Highly variable genes to mark on a slide.")] = 200,
+    genes: Annotated[
+        Path | None, typer.Option(metavar="VOCABULARY", help="symbol2ensembl.json; left out: STPath's published one.")
+    ] = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=1, help="Processes.")] = 1,
 ) -> None:
-    """Train a model, or go on with a run that was stopped."""
+    """Take the slides of a data set into a training store, or go on with it; a slide that fails stops no other."""
+    require(("pandas", "scanpy"), "train")
+    from .prepare import prepare as run
+    from .store import FAILURES
+
+    files = {"features": features, "metadata": metadata, "genes": genes, "exclude_rules": exclude}
+    how = {"label": label, "hvg": hvg, "counts": counts, "workers": workers}
+    with progress_bar(f"prepare {source.name}") as on_slide:
+        found = run(source, layout, out, **files, **how, on_slide=on_slide)  # type: ignore[arg-type]
+    for rule, slides in found.excluded.items():
+        typer.echo(f"excluded by {rule}: {slides:,}")
+    for name, reason in found.failed.items():
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    typer.echo(f"{out}: {found}")
+    if found.failed:
+        typer.echo(f"{len(found.failed):,} failed, see {out / FAILURES}", err=True)
+        raise typer.Exit(1)
+
+
+@data.command()
+def download(
+    name: Annotated[str, typer.Argument(metavar="hest|hest-bench|stimage", help="The data set.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for its files.")],
+    slides: Annotated[str, typer.Option(metavar="A,B,C", help="Slides to fetch; left out: all.")] = "",
+    pattern: Annotated[
+        list[str] | None, typer.Option(help="Other files than prepare and features read; may be repeated.")
+    ] = None,
+) -> None:
+    """Download a public data set from the Hugging Face Hub: the files that prepare and features read.
+
+    HEST-1k is open to those who accept its terms on its page, and run: hf auth login.
+    """
+    require(("huggingface_hub",), "features")
+    from .download import download as run
+
+    ids = [slide.strip() for slide in slides.split(",") if slide.strip()]
+    typer.echo(f"{run(name, out, slides=ids, patterns=pattern or [])}: downloaded")
+
+
+def features(
+    patches: Annotated[list[Path], typer.Argument(metavar="PATCHES.h5...", help="HEST patches files: img, coords.")],
+    out: Annotated[Path, typer.Option(metavar="PATH", help="A .h5 file for one slide, or a folder.")],
+    encoder: Annotated[str, typer.Option(help="gigapath, uni, or a model of timm.")] = "gigapath",
+    weights: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its weights; left out: from the Hugging Face Hub.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Patches at once.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
+) -> None:
+    """Compute the features of patches with a tile encoder, or go on with it."""
+    require(("torch", "timm", "torchvision", "huggingface_hub", "safetensors"), "features")
+    from .features import extract, find_targets, load_encoder
+
+    targets = find_targets(patches, out)
+    loaded = load_encoder(encoder, weights, device)
+    for path, target in zip(patches, targets, strict=True):
+        with progress_bar(path.name) as on_batch:
+            spots = extract(path, target, loaded, batch_size, on_batch)
+        typer.echo(f"{target}: {spots:,} spots, {loaded.width:,} features")
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG.yaml", help="The run, every choice of it.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print a config with every field, and stop.")] = False,
+) -> None:
+    """Train a model by masked gene modelling, or go on with a run that was stopped."""
     require(TRAIN, "train")
+    from .config import as_yaml, read_config
+    from .config import example as example_config
+
+    if example:
+        typer.echo(example_config(), nl=False)
+        return
+    if config is None:
+        raise InputError("stpath train: give a config file; stpath train --example > config.yaml writes one")
+    found = read_config(config)
+    typer.echo(as_yaml(found))
+    try:
+        from .training import train as run
+    except RuntimeError as error:  # torchmetrics, which Lightning loads, loads torchvision where it is there
+        raise InputError(
+            f"Lightning cannot be loaded ({error}); install torch and torchvision of one build, or no torchvision"
+        ) from error
+    typer.echo(f"{run(found)}: trained; stpath export takes it")
+
+
+def evaluate(
+    task: Annotated[TaskName, typer.Argument(metavar="TASK", help=", ".join(TaskName) + ".")],
+    store: Annotated[Path, typer.Option("--data", metavar="STORE", help="Training store with the slides.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for results.json, results.csv and pictures.")],
+    engine: Annotated[Path | None, typer.Option(metavar="ENGINE", help="The model: an exported engine,")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(metavar="CKPT", help="or a checkpoint.")] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Expression, imputation: genes and folds of a store's task.")
+    ] = None,
+    genes: Annotated[
+        str | None, typer.Option(metavar="A,B,C|FILE", help="Names, or a .txt (one a line) or .json file of them.")
+    ] = None,
+    slides: Annotated[
+        str | None, typer.Option(metavar="A,B,C|FILE", help="Slides to evaluate on; left out: all that fit the task.")
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Expression: mean and ridge regression of the training slides too.")
+    ] = False,
+    train_slides: Annotated[
+        str | None, typer.Option(metavar="A,B,C|FILE", help="What the baselines learn from, without --benchmark.")
+    ] = None,
+    regions: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Clustering, biomarkers: obs column of marked regions.")
+    ] = None,
+    positive: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Biomarkers: values of --regions that are the region sought.")
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option(metavar="N", help="Classification: folds of the cross-validation; left out: 5.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of bootstraps, clusters, folds and training.")] = 0,
+) -> None:
+    """Evaluate a model on slides with measured expression, by the published protocols."""
+    require(EVALUATE, "train")
+    from .evaluation.run import Choices, run
+
+    choices = Choices(benchmark, genes, slides, train_slides, baselines, regions, positive, folds)
+    run(task, engine, checkpoint, store, out, choices, seed)
 
 
 def require(libraries: tuple[str, ...], extra: str) -> None:

@@ -134,9 +134,9 @@ def read_config(path: str | Path) -> TrainConfig:
     return _anchored(config, path.absolute().parent)
 
 
-def write_config(config: TrainConfig, path: Path) -> None:
-    """Write a config, every field of it."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+def as_yaml(config: TrainConfig) -> str:
+    """A config as YAML, every field of it."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:

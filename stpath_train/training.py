@@ -33,7 +33,7 @@ from stpath_runtime.output import written_whole
 from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .config import TrainConfig, differences, read_config, write_config
+from .config import TrainConfig, as_yaml, differences, read_config
 from .model import STPath
 from .store import Store
 from .windows import Batch, DrawSampler, Windows, collate
@@ -363,7 +363,7 @@ def _claim(config: TrainConfig) -> None:
         raise InputError(f"{out}: exists and is no run of stpath; choose another run.out")
     out.mkdir(parents=True, exist_ok=True)
     with written_whole(out / CONFIG) as partial:
-        write_config(config, partial)
+        partial.write_text(as_yaml(config))
 
 
 def _last_checkpoint(out: Path) -> Path | None:

@@ -67,7 +67,7 @@ def same(found: dict, expected: dict) -> None:
 
 
 def close(found: dict, expected: dict, tolerance: float) -> None:
-    """Equal but for the order of sums. A key's bias moves no softmax: its gradient is rounding, which Adam scales up."""
+    """Equal but for the order of sums. A key's bias moves no softmax: its gradient is rounding, scaled up by Adam."""
     for name, value in expected.items():
         rows = slice(None)
         if name.endswith("layernorm_qkv.1.bias"):
@@ -158,6 +158,24 @@ def test_early_stopping_ends_a_run(configured):
     path = configured(run="epochs: 50, early_stopping: 1", data="validation: [S3]")
     path.write_text(path.read_text().replace("learning_rate: 3e-3", "learning_rate: 1.0"))
     assert len(run(path)[0]) < 50
+
+
+def test_tensorboard_is_an_option(configured, tmp_path):
+    run(configured(run="epochs: 1, logger: tensorboard"))
+    assert list((tmp_path / "run" / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_the_command_prints_and_keeps_every_choice(configured, tmp_path, capsys):
+    from stpath_runtime.cli import main
+
+    assert main(["train", str(configured(run="epochs: 1"))]) == 0
+    printed = capsys.readouterr().out
+    assert "technology_dropped: 0.8" in printed
+    assert (tmp_path / "run" / "config.yaml").read_text() in printed
+    assert main(["train", "--example"]) == 0
+    assert "warmup_steps: 100  # steps in which" in capsys.readouterr().out
+    assert main(["train"]) == 2
+    assert main(["train", "nowhere.yaml"]) == 2
 
 
 def test_fine_tuning_is_one_line(configured, store, tmp_path):
