@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a fault of this program, 2 the input or the call is at fau
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import warnings
@@ -18,6 +17,7 @@ import typer
 
 from . import __version__
 from .errors import InputError, InputWarning, ParityError
+from .names import listed_names
 from .output import is_prediction, require_writable
 from .progress import progress_bar
 
@@ -80,7 +80,7 @@ def predict(
     from .readers import read_context, read_slide
 
     targets = _targets(slides, out, context)
-    names = _gene_names(genes)
+    names = None if genes.casefold() == "all" else listed_names(genes, "--genes", "gene")
     loaded = Engine.load(engine, backend=backend, device=device)
     if names is not None:
         loaded.vocabulary.tokens(names)
@@ -218,40 +218,6 @@ def _target_names(slides: Sequence[Path], out: Path) -> list[Path]:
             first = slides[targets.index(target)]
             raise InputError(f"{first} and {slides[i]} would both be written to {target}; run them into two folders")
     return targets
-
-
-def _gene_names(genes: str) -> list[str] | None:
-    """Names from A,B,C or a .txt or .json file; None for all."""
-    if genes.casefold() == "all":
-        return None
-    path = Path(genes)
-    if path.suffix.lower() not in (".txt", ".json"):
-        if path.exists():
-            raise InputError(f"--genes {path}: give names in a .txt file, one a line, or in a .json file")
-        names = genes.split(",")
-    elif not path.is_file():
-        raise InputError(f"--genes {path}: no such file")
-    else:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            names = text.splitlines() if path.suffix.lower() == ".txt" else _json_names(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"--genes {path}: cannot be read ({error}); give one name a line, or a JSON list"
-            ) from error
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise InputError(f"--genes {genes}: names no gene; give A,B,C or a file of names, or leave it out for all")
-    return names
-
-
-def _json_names(text: str) -> list[str]:
-    """A JSON list of names, or HEST-bench's {"genes": [...]}."""
-    found = json.loads(text)
-    names = found.get("genes") if isinstance(found, dict) else found
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError('expected a list of names, or {"genes": [...]}')
-    return names
 
 
 def _add_commands() -> None:

@@ -1,8 +1,8 @@
-"""The sample slide: real spots and cell-type fractions of a human breast cancer section, simulated features.
+"""The sample slide: real spots and cell-type fractions of a human breast cancer section.
 
 3,798 spots of a 10x Visium section (block A, section 1; CC BY 4.0), with a pathologist's regions and the fractions of
-nine cell types from deconvolution (the test data of stlearn, BSD). It has no pathology features: they are drawn here
-from the fractions, and every place that shows a number computed on them says so.
+nine cell types from deconvolution (the test data of stlearn, BSD). It has no pathology features and no counts: those
+that stand for them are simulated, and every place that shows a number computed on them says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ CELL_TYPES = (
     *("endothelial", "cafs", "pvl", "b_cells", "t_cells", "myeloid", "normal_epithelial", "plasmablasts"),
     "cancer_epithelial",
 )
-NOISE = 0.5  # of a feature, beside a spread of 1 that the cell types give
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,21 +50,12 @@ def load_sample() -> Sample:
     )
 
 
-def simulate_features(sample: Sample, n_features: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Simulated features [N, F]: a random mixture of the cell-type fractions, and noise."""
-    rng = np.random.default_rng(seed)
-    mixed = sample.fractions @ rng.standard_normal((len(CELL_TYPES), n_features)).astype(np.float32)
-    mixed = (mixed - mixed.mean(axis=0)) / mixed.std(axis=0)
-    features: npt.NDArray[np.float32] = (mixed + NOISE * rng.standard_normal(mixed.shape)).astype(np.float32)
-    return features
-
-
 def write_features(sample: Sample, features: npt.NDArray[np.float32], path: Path) -> None:
     """Write a features file as HEST has it: `embeddings`, `coords` and `barcodes`."""
     import h5py
 
     with written_whole(path) as partial, h5py.File(partial, "w") as file:
-        file.attrs["note"] = "simulated features: a random mixture of cell-type fractions, and noise"
+        file.attrs["note"] = "simulated features: a noisy mixture of cell-type fractions"
         file["embeddings"] = features
         file["coords"] = sample.coords
         file["barcodes"] = np.array([[barcode.encode()] for barcode in sample.barcodes])

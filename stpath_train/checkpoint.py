@@ -45,11 +45,12 @@ def load_checkpoint(path: str | Path) -> STPath:
 
 def save_checkpoint(model: STPath, path: str | Path) -> None:
     """Write a model's weights, and how it attends, as safetensors."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     metadata = {"attention": model.config.attention, "neighbors": str(model.config.neighbors)}
     with written_whole(Path(path)) as partial:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial, metadata)
+        # Not save_file: what it writes, no one else may read.
+        partial.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, metadata))
 
 
 def config_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "checkpoint") -> ModelConfig:

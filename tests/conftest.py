@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,13 @@ from filelock import FileLock
 from helpers import GOLDEN_CASES, Golden, load_golden, write_symbol_table
 from stpath_export.exporter import export_engine
 from stpath_train.checkpoint import save_checkpoint
+
+# torchvision's wheels on the package index are built for CUDA; beside a PyTorch for the CPU they load only if the
+# operators that they lack are declared.
+if "+cpu" in torch.__version__ and "+cpu" not in version("torchvision"):
+    TORCHVISION = torch.library.Library("torchvision", "DEF")
+    TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(scope="session", params=GOLDEN_CASES)
