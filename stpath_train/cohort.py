@@ -54,7 +54,7 @@ class World:
         vocabulary = demo_vocabulary()
         symbols = {symbol: column for column, symbol in enumerate(vocabulary.symbols)}
         shape = len(CELL_TYPES), len(symbols)
-        signatures = rng.normal(0.3, 0.8, shape[1]) + rng.normal(0, 0.6, shape)
+        signatures = rng.normal(0.3, 0.8, shape[1]) + rng.normal(0, 0.8, shape)
         for row, markers in enumerate(MARKERS.values()):
             columns = [symbols[name] for name in markers.split()]
             signatures[:, columns] = rng.normal(-1.2, 0.3, (shape[0], len(columns)))
@@ -89,7 +89,7 @@ def demo_vocabulary() -> GeneVocabulary:
 
 def simulate_tissue(rng: np.random.Generator) -> tuple[npt.NDArray[np.int64], Floats]:
     """A tissue on the hexagonal grid of Visium: coordinates [N, 2] in pixels, cell-type fractions [N, T]."""
-    side = int(rng.integers(30, 48))
+    side = int(rng.integers(24, 41))
     row, column = np.divmod(np.arange(side * side), side)
     grid = np.stack([column + 0.5 * (row % 2), row * np.sqrt(3) / 2], axis=1)
     outline = _fields(rng, grid, 1, side / 4)[:, 0] - 1.5 * np.square((grid - grid.mean(axis=0)) / (side / 2)).sum(
@@ -97,7 +97,7 @@ def simulate_tissue(rng: np.random.Generator) -> tuple[npt.NDArray[np.int64], Fl
     )
     grid = grid[outline > np.quantile(outline, 0.35)]
     usual = np.log([0.02, 0.12, 0.04, 0.03, 0.02, 0.09, 0.06, 0.12, 0.5])
-    wealth = 2.2 * _fields(rng, grid, len(CELL_TYPES), rng.uniform(3, 8)) + usual + rng.normal(0, 0.7, len(CELL_TYPES))
+    wealth = 2.2 * _fields(rng, grid, len(CELL_TYPES), rng.uniform(3, 8)) + usual + rng.normal(0, 1.0, len(CELL_TYPES))
     fractions = np.exp(wealth - wealth.max(axis=1, keepdims=True))
     return np.rint(grid * 200).astype(np.int64), fractions / fractions.sum(axis=1, keepdims=True)
 
@@ -114,14 +114,14 @@ def simulate_slide(
     fractions
         [N, T], of the cell types.
     """
-    impression = np.sqrt(fractions) @ world.impressions + rng.normal(0, 0.6, (len(coords), N_IMPRESSIONS))
+    impression = np.sqrt(fractions) @ world.impressions + rng.normal(0, 0.5, (len(coords), N_IMPRESSIONS))
     stain = rng.normal(0, 0.3, N_IMPRESSIONS)
     first, second = world.mixing
     features = np.tanh((impression + stain) @ first) @ second + rng.normal(0, 0.5, (len(coords), N_FEATURES))
 
     n_programs, n_types = len(world.programs), len(CELL_TYPES)
-    patient = rng.normal(0, 0.45, (n_types, n_programs)) @ world.programs  # [T, G]: this patient's cells
-    place = 0.35 * _fields(rng, coords / 200, n_programs, 6.0) @ world.programs  # [N, G]
+    patient = rng.normal(0, 0.5, (n_types, n_programs)) @ world.programs  # [T, G]: this patient's cells
+    place = 0.25 * _fields(rng, coords / 200, n_programs, 6.0) @ world.programs  # [N, G]
     mean = fractions @ np.exp(np.clip(world.signatures + patient, -6, 5)) * np.exp(place)
     depth = rng.lognormal(0, 0.25, (len(coords), 1)) * rng.lognormal(0, 0.2)
     counts = rng.poisson(mean * depth * rng.gamma(8, 1 / 8, mean.shape))

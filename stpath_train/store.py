@@ -279,11 +279,13 @@ class StoredSlide:
 
     def __init__(self, path: Path, record: Record) -> None:
         import h5py
-        from anndata.io import sparse_dataset
 
         try:
             file = h5py.File(path, "r")
-            self._counts, self._features = sparse_dataset(file["X"]), file["obsm/features"]
+            # Not anndata's view of a sparse matrix: each slice of it reads the metadata of installed packages again.
+            self._values, self._columns = file["X/data"], file["X/indices"]
+            self._starts: npt.NDArray[np.int64] = file["X/indptr"][()].astype(np.int64)  # [N + 1]
+            self._features = file["obsm/features"]
             coords = file["obsm/spatial"][()]
             self.tokens: npt.NDArray[np.int64] = file["var/token"][()]  # [P]
             self.highly_variable: npt.NDArray[np.bool_] = file["var/highly_variable"][()]  # [P]
@@ -299,8 +301,15 @@ class StoredSlide:
 
     def read(self, spots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.generic], csr_matrix]:
         """Features [n, F], as they came, and log1p of raw counts [n, P] of some spots, ascending."""
-        counts = self._counts[spots]
-        return read_rows(self._features, spots), counts if self.record.counts == "log1p" else counts.log1p()
+        from scipy.sparse import csr_matrix
+
+        runs = _runs(spots)
+        entries = [slice(self._starts[run.start], self._starts[run.stop]) for run in runs]
+        values, columns = (np.concatenate([part[run] for run in entries]) for part in (self._values, self._columns))
+        starts = np.append(0, np.cumsum(np.diff(self._starts)[spots]))
+        counts = csr_matrix((values, columns, starts), shape=(len(spots), len(self.tokens)))
+        features = np.concatenate([self._features[run] for run in runs])
+        return features, counts if self.record.counts == "log1p" else counts.log1p()
 
 
 def open_slide(store: Store, slide: str) -> StoredSlide:
@@ -313,13 +322,11 @@ def _open_slide(path: Path, record: Record, process: int) -> StoredSlide:
     return StoredSlide(path, record)  # HDF5 handles are not shared with a forked process
 
 
-def read_rows(dataset: Any, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.generic]:
-    """Rows of an HDF5 dataset, ascending, run by run: h5py's own indexing goes row by row."""
-    out = np.empty((len(rows), *dataset.shape[1:]), dataset.dtype)
+def _runs(rows: npt.NDArray[np.int64]) -> list[slice]:
+    """Ascending rows as slices of successive ones: h5py's own indexing goes row by row."""
     starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
-    for start, stop in zip(starts, np.append(starts[1:], len(rows)), strict=True):
-        dataset.read_direct(out, np.s_[rows[start] : rows[stop - 1] + 1], np.s_[start:stop])
-    return out
+    stops = np.append(starts[1:], len(rows))
+    return [slice(int(rows[start]), int(rows[stop - 1]) + 1) for start, stop in zip(starts, stops, strict=True)]
 
 
 def measured(counts: Any, genes: Sequence[str], vocabulary: GeneVocabulary, name: str) -> AnnData:

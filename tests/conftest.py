@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from stpath_train.checkpoint import save_checkpoint
 
 # torchvision's wheels on the package index are built for CUDA; beside a PyTorch for the CPU they load only if the
 # operators that they lack are declared.
-if "+cpu" in torch.__version__ and "+cpu" not in version("torchvision"):
+if "+cpu" in torch.__version__ and find_spec("torchvision") and "+cpu" not in version("torchvision"):
     TORCHVISION = torch.library.Library("torchvision", "DEF")
     TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -68,7 +68,7 @@ def evaluate_biomarkers(
                 rows += _areas(name, gene, positive, a, b, seed)
     figures = _over_slides(rows)
     spread = "95% interval over the spots" if len(slides) == 1 else "mean and standard deviation over the slides"
-    title = f"{len(genes):,} markers, {len(slides):,} slides: {spread}"
+    title = f"{plots.counted(len(genes), 'marker')}, {plots.counted(len(slides), 'slide')}: {spread}"
     pictures["scores.png"] = plots.biomarker_figure(figures, title)
     if region is not None:
         pictures["roc.png"] = plots.marker_roc_figure(curves, rows, f"{region[0]}: {', '.join(region[1])}")

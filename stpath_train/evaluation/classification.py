@@ -64,7 +64,7 @@ def evaluate_classification(
     fold, probabilities = cross_validate(bags, classes, patients_of(records), folds, seed)
     kind = "embeddings" if genes is None else f"predicted expression of {len(genes):,} genes"
     figures = _figures(classes, probabilities, fold, kind, seed)
-    title = f"slides classified from {kind}\n{len(slides):,} slides, {folds} folds"
+    title = f"slides classified from {kind}\n{plots.counted(len(slides), 'slide')}, {folds} folds"
     curve = plots.roc_figure(classes, probabilities, labels, figures[0], title)
     return Evaluation(
         "classification", PROTOCOLS, figures, _rows(records, labels, fold, probabilities), {"roc.png": curve}

@@ -92,13 +92,21 @@ def evaluate_clustering(
             "predicted": predictor.decode(embedding, panels[name]),
             "embedding": embedding,
         }
+        for kind, values in inputs.items():
+            if not np.ptp(values, axis=0).any():
+                raise InputError(
+                    f"slide {name}: nothing to cluster, as the {kind} values are the same at every spot; give other "
+                    "genes (--genes), or leave the slide out (--slides)"
+                )
         clusters = {kind: leiden_clusters(values, seed) for kind, values in inputs.items()}
         for kind, found in clusters.items():
             rows += _score(name, kind, marked[name], found, seed)
         if len(pictures) < plots.MOST_MAPS:
             pictures[f"map_{name}.png"] = plots.region_maps(name, spots.coords, marked[name], clusters, rows)
     figures = _over_slides(rows)
-    scores = plots.clustering_figure(rows, figures, f"clusters against {regions!r}, {len(slides):,} slides")
+    scores = plots.clustering_figure(
+        rows, figures, f"clusters against {regions!r}, {plots.counted(len(slides), 'slide')}"
+    )
     return Evaluation("clustering", PROTOCOLS, figures, rows, {"scores.png": scores, **pictures})
 
 

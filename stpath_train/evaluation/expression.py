@@ -60,7 +60,7 @@ def evaluate_expression(
         for name, found in predicted.items():
             rows += _score_fold(task, fold, name, truth, found)
     figures += _over_folds(rows, list(predicted))
-    title = f"{len(task.genes):,} genes, {len(slides):,} slides, {sum(map(len, truth.values())):,} spots"
+    title = f"expression of {plots.counted(len(task.genes), 'gene')}, {plots.counted(len(slides), 'slide')}"
     return Evaluation(
         "expression", PROTOCOLS, figures, rows, {"pearson.png": plots.expression_figure(rows, figures, title)}
     )

@@ -88,7 +88,9 @@ def evaluate_imputation(
                     name, genes[gene], slide.coords, spots, found[:, gene], measured[:, gene]
                 )
     figures, rows = _score(genes, slides, truth, predicted, seed)
-    scores = plots.imputation_figure(figures, f"{len(genes):,} genes, {len(slides):,} slides")
+    scores = plots.imputation_figure(
+        figures, f"imputation of {plots.counted(len(genes), 'gene')}, {plots.counted(len(slides), 'slide')}"
+    )
     return Evaluation("imputation", PROTOCOLS, figures, rows, {"pearson.png": scores, **pictures})
 
 

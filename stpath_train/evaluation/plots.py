@@ -25,6 +25,11 @@ MOST_GENES = 80  # whose names can be read
 PALE = "#d9d9d9"
 
 
+def counted(n: int, noun: str) -> str:
+    """'1 slide', '12 slides'."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def expression_figure(rows: Sequence[Row], figures: Sequence[Row], title: str) -> Figure:
     """Pearson of each gene over the pooled spots, sorted, and the mean of each fold by predictor."""
     figure, axes = _figure(title, (12, 4.6), 2, width_ratios=(3, 1))
@@ -33,12 +38,15 @@ def expression_figure(rows: Sequence[Row], figures: Sequence[Row], title: str) -
     x = np.arange(len(genes))
     low, value, high = (np.array([gene[name] for gene in genes], float) for name in ("low", "pearson", "high"))
     axes[0].axhspan(pooled["low"], pooled["high"], color="tab:orange", alpha=0.3, linewidth=0)
-    mean = f"mean {pooled['value']:.3f} [{pooled['low']:.3f}, {pooled['high']:.3f}]"
+    defined = np.isfinite(pooled["value"])
+    mean = f"mean {pooled['value']:.3f} [{pooled['low']:.3f}, {pooled['high']:.3f}]" if defined else "mean undefined"
     axes[0].axhline(pooled["value"], color="tab:orange", label=mean)
     axes[0].vlines(x, low, high, color="tab:blue", alpha=0.5, linewidth=2)
     axes[0].plot(x, value, "o", color="tab:blue", markersize=4, label="gene, 95% interval")
     axes[0].axhline(0, color="black", linewidth=0.8)
-    axes[0].set(ylabel="Pearson r, predicted and measured", xlabel=f"genes, sorted (n = {len(genes)})")
+    axes[0].set(
+        ylabel="Pearson r, predicted and measured", xlabel=f"genes, sorted (n = {len(genes)})", xlim=(-1, len(genes))
+    )
     if len(genes) <= MOST_GENES:
         size = 8 if len(genes) <= MOST_GENES // 2 else 6
         axes[0].set_xticks(x, [gene["gene"] for gene in genes], rotation=90, fontsize=size, style="italic")

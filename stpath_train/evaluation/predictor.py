@@ -90,6 +90,7 @@ def open_predictor(engine: Path | None, checkpoint: Path | None, store: Store) -
             f"{checkpoint}: a model of {config.n_tokens:,} gene tokens; the vocabulary of {store.path} has "
             f"{store.vocabulary.n_tokens:,}; give the store that the model was trained on, or one prepared as it was"
         )
+    _require_features(config, store, checkpoint)
     return model, {
         "path": str(checkpoint), "checkpoint": sha256(checkpoint), **_attention(config), "precision": "fp32"
     }  # fmt: skip

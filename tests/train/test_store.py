@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers import an_adata, made_up_vocabulary
 from stpath_runtime.errors import InputError
-from stpath_train.store import Record, Store, Task, highly_variable, measured, open_slide, read_rows
+from stpath_train.store import Record, Store, Task, highly_variable, measured, open_slide
 
 
 @pytest.fixture
@@ -124,11 +124,3 @@ def test_tasks_and_failures_are_kept(store):
     assert (store.path / "failures.csv").read_text() == "slide,reason\nC,no gene\n"
     store.write_failures({})
     assert not (store.path / "failures.csv").exists()
-
-
-def test_read_rows_of_any_dtype(tmp_path):
-    import h5py
-
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        data = file.create_dataset("x", data=np.arange(20).reshape(10, 2))
-        np.testing.assert_array_equal(read_rows(data, np.array([0, 1, 5, 9])), data[()][[0, 1, 5, 9]])

@@ -269,6 +269,21 @@ def test_slides_of_one_patient_or_without_labels_are_refused(evaluate, store, ti
     assert_refused(evaluate("classification", data=made.path), "no slide has a label")
 
 
+def test_genes_that_are_constant_are_counted_or_refused(evaluate, tiny, tmp_path):
+    made = fill_store(tmp_path / "made", tiny.vocabulary, tiny.model.config.n_features, slides=1)
+    adata = made.read("S0")
+    adata.X = adata.X.multiply(np.arange(40) >= 2).tocsr()  # no counts of the first two genes
+    made.add(made.records["S0"], adata)
+    report, _ = read_results(evaluate("expression", "--genes", "GENE0,GENE1,GENE2", data=made.path))
+    pooled = figure(report, protocol="pooled")
+    assert pooled["undefined_genes"] == 2
+    assert np.isfinite(pooled["value"])
+    report, _ = read_results(evaluate("expression", "--genes", "GENE0,GENE1", data=made.path))
+    assert figure(report, protocol="pooled")["value"] is None
+    words = ("clustering", "--regions", "region", "--genes", "GENE0,GENE1")
+    assert_refused(evaluate(*words, data=made.path, out="none"), "measured values are the same at every spot")
+
+
 def test_results_are_not_written_over_other_things(evaluate, tmp_path):
     words = ("expression", "--genes", "GENE0,GENE1", "--slides", "S0")
     (tmp_path / "taken").write_text("mine")

@@ -94,9 +94,9 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
 
 
 def test_auc_of_several_classes_is_the_mean_of_each_against_the_rest():
-    # Class 0: 0.6 against 0.7 and 0.2, one of two right. Class 1: 0.2 against 0.3 and 0.3, none. Class 2: both.
-    probabilities = np.array([[0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.2, 0.3, 0.5]])
-    assert metrics.auc_of_classes(np.array([0, 1, 2]), probabilities) == pytest.approx((0.5 + 0 + 1) / 3)
+    # Class 0: 0.6 against 0.61 and 0.2, one of two right. Class 1: 0.32 against 0.3 and 0.35, one. Class 2: both.
+    probabilities = np.array([[0.6, 0.3, 0.1], [0.61, 0.32, 0.07], [0.2, 0.35, 0.45]])
+    assert metrics.auc_of_classes(np.array([0, 1, 2]), probabilities) == pytest.approx((0.5 + 0.5 + 1) / 3)
     assert np.isnan(metrics.auc_of_classes(np.array([0, 1, 1]), probabilities))  # class 2 has no slide
     assert metrics.auc_of_classes(np.array([0, 1]), np.array([[0.9, 0.1], [0.2, 0.8]])) == 1
 
