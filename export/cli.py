@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from stpath_runtime.errors import InputError
 from stpath_runtime.progress import progress_bar
+from stpath_train.cli import TRAIN, require
 
 LIBRARIES = ("torch", "torch_geometric", "onnx", "onnxscript", "safetensors")
 
@@ -80,7 +80,9 @@ def verify(
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for everything that the demo makes.")] = Path("demo"),
 ) -> None:
-    """Run the main job on the sample slide: export, predict, verify, plot."""
+    """Show what the model is for on the sample slide: export, predict in and out of context, score, verify, draw."""
+    require_torch()
+    require(TRAIN, "train")
     from .demo import run_demo
 
     run_demo(out)
@@ -88,5 +90,4 @@ def demo(
 
 def require_torch() -> None:
     """Raise InputError, with what to install, where a library of the exporter is not."""
-    if missing := [name for name in LIBRARIES if find_spec(name) is None]:
-        raise InputError(f"this command needs {', '.join(missing)}; run: pip install 'stpath-engine[export]'")
+    require(LIBRARIES, "export")

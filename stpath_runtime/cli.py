@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -220,6 +221,13 @@ def _target_names(slides: Sequence[Path], out: Path) -> list[Path]:
     return targets
 
 
+def _is_own(given: Sequence[str]) -> bool:
+    """Whether a command of the runtime is asked for, which needs none of the other packages."""
+    asked = next((word for word in given if not word.startswith("-")), None)
+    return asked in {command.callback.__name__ for command in app.registered_commands if command.callback is not None}
+
+
+@cache
 def _add_commands() -> None:
     """Add the commands of the packages that need more than the runtime (see pyproject.toml)."""
     for entry in sorted(entry_points(group="stpath.commands"), key=lambda entry: entry.name):
@@ -243,6 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore")
             warnings.simplefilter("always", InputWarning)
             warnings.showwarning = _show_warning  # type: ignore[assignment]
+            if not _is_own(given):
+                _add_commands()
             code = app(given, standalone_mode=False)
         if code == INTERRUPTED:  # typer takes Ctrl-C itself
             raise KeyboardInterrupt
@@ -285,6 +295,3 @@ def _report(error: Exception) -> int:
         )
     typer.echo("error: " + " ".join(line.split()), err=True)
     return code
-
-
-_add_commands()

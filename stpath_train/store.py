@@ -209,7 +209,7 @@ class Store:
         """The measured expression of some spots of a slide, as context of a prediction."""
         counts = adata.X[spots]
         if self.records[slide].counts == "log1p":
-            counts = counts.expm1()
+            counts = counts.expm1().rint()  # whole again, but for the rounding of a logarithm
         return Context(ids=[str(adata.obs_names[i]) for i in spots], counts=counts, genes=list(adata.var_names))
 
     def log_counts(self, adata: AnnData, slide: str) -> csr_matrix:

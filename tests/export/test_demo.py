@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
+from stpath_export import demo
 from stpath_runtime.cli import main
 from stpath_runtime.sample import CELL_TYPES, load_sample
 from stpath_train import demo_checkpoint
@@ -32,7 +33,8 @@ def test_demo(tmp_path, capsys, monkeypatch):
         assert words in out
     scores = {name: float(value) for name, value in re.findall(r"(STPath[^│]*?) +│ (\d\.\d+)", out)}
     # What the demo is to show. With all of its slides ridge regression does better than here.
-    assert scores["STPath, 5% of spots as context"] > scores["STPath, no context"] > 0.1
+    alone, edge, spread = (scores[name] for name in (demo.ALONE, demo.EDGE, demo.SPREAD))
+    assert spread > edge > alone > 0.1
     assert "none: it is constant" in out
     for picture in ("maps.png", "regions.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
