@@ -45,6 +45,8 @@ ALONE, EDGE, SPREAD = (
 
 def run_demo(out: Path) -> None:
     """Export the demo's checkpoint, predict the sample slide with and without context, score, draw, verify."""
+    import pandas as pd
+
     from stpath_train.cohort import NOTE, World
     from stpath_train.demo_checkpoint import SEED, held_out_slide
 
@@ -76,9 +78,11 @@ def run_demo(out: Path) -> None:
     expressions = _baselines(world, slide) | {name: adata.X for name, adata in predictions.items()}
     seconds["baselines"] = time.perf_counter() - start
     _draw_genes(out, slide, truth, expressions, world)
-    _draw_regions(out, slide, sample.regions, expressions)
+    _draw_regions(out, slide, sample.regions, predictions[ALONE])
     scored = np.setdiff1d(np.arange(len(slide)), np.concatenate(list(chosen.values())))  # known to none of them
-    _print_scores(truth[scored], {name: found[scored] for name, found in expressions.items()}, len(slide))
+    scores = _score(truth[scored], {name: found[scored] for name, found in expressions.items()})
+    pd.DataFrame(scores, columns=["predicted by", "pearson", "rmse"]).to_csv(out / "scores.csv", index=False)
+    _print_scores(scores, f"{truth.shape[1]} genes at {len(scored):,} spots of a held-out slide, {NOTE}")
     row = _compare_with_reference(engine, slide, predictions[ALONE])
     _print_summary(out, slide, engine, seconds, row)
     if not row["passed"]:
@@ -149,34 +153,33 @@ def _draw_genes(
     draw_maps(slide.coords, panels, out / "maps.png", f"Held-out slide: real layout and cell types, {NOTE}")
 
 
-def _draw_regions(out: Path, slide: Slide, regions: Sequence[str], expressions: Mapping[str, Expression]) -> None:
-    """The pathologist's regions beside the clusters of the predictions."""
+def _draw_regions(out: Path, slide: Slide, regions: Sequence[str], adata: AnnData) -> None:
+    """The pathologist's regions beside markers of cancer cells, fibroblasts and plasma cells, as predicted."""
     from stpath_train.cohort import NOTE
-    from stpath_train.evaluation import metrics, plots
-    from stpath_train.evaluation.clustering import leiden_clusters
+    from stpath_train.evaluation.plots import regions_and_genes
 
-    marked = np.array(regions)
-    clusters = {kind: leiden_clusters(expressions[kind], 0) for kind in (ALONE, SPREAD)}
-    rows = [
-        {"slide": "sample", "input": kind, "metric": "ARI", "value": metrics.clustering_score("ARI", marked, found)}
-        for kind, found in clusters.items()
-    ]
-    figure = plots.region_maps("sample", slide.coords, marked, clusters, rows)
-    figure.suptitle(f"A pathologist's regions, and clusters of the prediction ({NOTE})", fontsize=12)
+    genes = {f"{gene}, predicted": adata.obs_vector(gene) for gene in ("ERBB2", "COL1A1", "MZB1")}
+    figure = regions_and_genes(
+        f"A pathologist's regions, and the prediction ({NOTE})", slide.coords, np.array(regions), genes
+    )
     with written_whole(out / "regions.png") as partial:
         figure.savefig(partial, dpi=110, format="png", facecolor="white")
 
 
-def _print_scores(truth: Expression, scored: Mapping[str, Expression], spots: int) -> None:
-    """Print how well each predicts spots [M, G] that were context of none."""
-    from stpath_train.cohort import NOTE
+def _score(truth: Expression, expressions: Mapping[str, Expression]) -> list[tuple[str, float, float]]:
+    """Mean Pearson of the genes and RMSE of each prediction, of spots [M, G] that were context of none."""
     from stpath_train.evaluation.metrics import mean, pearson_by_gene, squared_error_by_gene
 
-    title = f"{truth.shape[1]} genes at {len(truth):,} of {spots:,} spots of a held-out slide ({NOTE})"
-    table = Table("predicted by", "Pearson, mean of genes", "RMSE, log1p counts", title=title)
-    for name, predicted in scored.items():
-        pearson = float(mean(pearson_by_gene(truth, predicted)))
-        error = float(np.sqrt(squared_error_by_gene(truth, predicted).mean()))
+    rows = []
+    for name, predicted in expressions.items():
+        error = np.sqrt(squared_error_by_gene(truth, predicted).mean())
+        rows.append((name, float(mean(pearson_by_gene(truth, predicted))), float(error)))
+    return rows
+
+
+def _print_scores(rows: Sequence[tuple[str, float, float]], what: str) -> None:
+    table = Table("predicted by", "Pearson, mean of genes", "RMSE, log1p counts", title=what)
+    for name, pearson, error in rows:
         table.add_row(name, "none: it is constant" if np.isnan(pearson) else f"{pearson:.3f}", f"{error:.3f}")
     Console(highlight=False).print(table)
 
@@ -202,7 +205,7 @@ def _print_summary(out: Path, slide: Slide, engine: Engine, seconds: Mapping[str
     table.add_row("model", f"trained on a simulated cohort; {sizes}")
     table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     table.add_row("parity", _verdict(row))
-    table.add_row("written", ", ".join(str(out / name) for name in (*written, "maps.png", "regions.png")))
+    table.add_row("written", ", ".join(str(out / name) for name in (*written, "scores.csv", "maps.png", "regions.png")))
     Console(highlight=False).print(table)
 
 

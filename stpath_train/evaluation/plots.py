@@ -100,6 +100,22 @@ def imputation_map(
     return figure
 
 
+def regions_and_genes(
+    title: str,
+    coords: npt.NDArray[Any],
+    marked: npt.NDArray[np.str_],
+    genes: Mapping[str, npt.NDArray[np.float32]],
+) -> Figure:
+    """A pathologist's regions beside maps of genes, each [N]."""
+    figure, axes = _maps(title, coords, 1 + len(genes), legend=True)
+    _draw_labels(axes[0], coords, marked, legend=True)
+    axes[0].set_title("regions, as marked", fontsize=10)
+    for panel, (gene, values) in zip(axes[1:], genes.items(), strict=True):
+        _draw_values(figure, panel, coords, values, np.arange(len(coords)), tuple(np.percentile(values, [1, 99])))
+        panel.set_title(gene, fontsize=10)
+    return figure
+
+
 def region_maps(
     slide: str,
     coords: npt.NDArray[Any],

@@ -127,7 +127,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, weights, encoder):
     patches, out = write_patches(tmp_path / "a.h5"), tmp_path / "out.h5"
     killed = f"""
 import os, signal, sys
-sys.path[:0] = {sys.path!r}
+sys.path[:0] = {[str(Path(__file__).parents[1]), *sys.path]!r}
 import conftest  # declares what torchvision lacks
 from stpath_train.features import extract, load_encoder
 def on_batch(done, total):
