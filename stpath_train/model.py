@@ -72,7 +72,7 @@ class InputEncoder(nn.Module):
         tokens = torch.tensor([MASK_TOKEN], device=features.device)
         if context is not None:
             tokens = torch.cat([tokens, context.token_ids])
-        embedded = self.gene_embed.weight.T[tokens]  # [1 + P, d]; picked at once: each picking has a gradient [V, d]
+        embedded = F.embedding(tokens, self.gene_embed.weight.T)  # [1 + P, d], at once: each has a gradient [V, d]
         genes = embedded[0].expand(len(features), -1)
         if context is not None:
             rows = context.log_counts @ embedded[1:]
@@ -121,6 +121,8 @@ class SpatialAttention(nn.Module):
 
     def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor) -> Tensor:
         q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [H, N, d/H]
+        if len(coords) <= QUERIES_AT_ONCE:
+            return self._attend(q, k, v, coords, coords).transpose(0, 1)
         tiles = []
         for start in range(0, len(coords), QUERIES_AT_ONCE):
             rows = slice(start, start + QUERIES_AT_ONCE)

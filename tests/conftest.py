@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -16,8 +17,9 @@ from helpers import GOLDEN_CASES, Golden, load_golden, write_symbol_table
 from stpath_export.exporter import export_engine
 from stpath_train.checkpoint import save_checkpoint
 
-# torchvision's wheels on the package index are built for CUDA; beside a PyTorch for the CPU they load only if the
-# operators that they lack are declared.
+# timm and torchvision, where the Makefile puts them. The wheels of torchvision on the package index are for CUDA; beside
+# a PyTorch for the CPU they load only if the operators that they lack are declared.
+sys.path.append(str(Path(sys.prefix) / "features"))
 if "+cpu" in torch.__version__ and find_spec("torchvision") and "+cpu" not in version("torchvision"):
     TORCHVISION = torch.library.Library("torchvision", "DEF")
     TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
