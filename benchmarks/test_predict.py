@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from alone import predict_alone
+from stpath_export.exporter import export_engine
 from stpath_export.proof import random_slide, relative_l2
 from stpath_runtime import Engine
+from stpath_runtime.manifest import Manifest
 from stpath_runtime.vocabulary import GeneVocabulary
 from stpath_train.inputs import slide_inputs
 from stpath_train.literal import literal_forward
@@ -60,6 +62,23 @@ def test_memory(engine_path, report, spots, goal):
         f"{spots:,} spots, global, 50 genes, fp32: peak memory of the process above the features",
         f"{found['above_features'] / 1e9:.2f} GB ({found['seconds']:.1f} s)",
         goal,
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_parity(engine_path, tmp_path, report, precision):
+    """The proof that every export is published with, on the published sizes."""
+    engine = engine_path
+    if precision != "fp32":
+        engine = tmp_path / "engine"
+        export_engine(engine_path.with_name("checkpoint.safetensors"), engine, precision=precision)
+    rows = Manifest.read(engine).parity["cases"]
+    worst = max(rows, key=lambda row: row["relative_l2"] / row["bar_l2"])
+    pearson = min(row["pearson_min"] for row in rows if row["pearson_min"] is not None)
+    report(
+        f"parity with float64, {precision}: worst relative L2 of {len(rows)} comparisons, lowest Pearson of a gene",
+        f"{worst['relative_l2']:.1e}, {pearson:.7f}",
+        f"{worst['bar_l2']:.1e}",
     )
 
 

@@ -17,8 +17,8 @@ from helpers import GOLDEN_CASES, Golden, load_golden, write_symbol_table
 from stpath_export.exporter import export_engine
 from stpath_train.checkpoint import save_checkpoint
 
-# timm and torchvision, where the Makefile puts them. The wheels of torchvision on the package index are for CUDA; beside
-# a PyTorch for the CPU they load only if the operators that they lack are declared.
+# timm and torchvision are where the Makefile puts them. torchvision's wheels on the package index are built for CUDA:
+# beside a PyTorch for the CPU they load only if the operators that they lack are declared.
 sys.path.append(str(Path(sys.prefix) / "features"))
 if "+cpu" in torch.__version__ and find_spec("torchvision") and "+cpu" not in version("torchvision"):
     TORCHVISION = torch.library.Library("torchvision", "DEF")
