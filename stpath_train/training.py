@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+import zipfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -359,7 +360,7 @@ def _claim(config: TrainConfig) -> None:
     if (out / CONFIG).exists():
         if changed := differences(read_config(out / CONFIG), config):
             raise InputError(f"{out}: a run with another config ({'; '.join(changed)}); choose another run.out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())):
         raise InputError(f"{out}: exists and is no run of stpath; choose another run.out")
     out.mkdir(parents=True, exist_ok=True)
     with written_whole(out / CONFIG) as partial:
@@ -367,9 +368,11 @@ def _claim(config: TrainConfig) -> None:
 
 
 def _last_checkpoint(out: Path) -> Path | None:
-    """The checkpoint of the last whole epoch, if there is one."""
+    """The checkpoint of the last epoch, if there is one; what a killed run left half-written is passed over."""
     found = {int(path.stem.rsplit("=")[-1]): path for path in (out / CHECKPOINTS).glob("last-epoch=*.ckpt")}
-    return found[max(found)] if found else None
+    # A zip archive, as PyTorch writes it, has its table at the end.
+    whole = [epoch for epoch, path in found.items() if zipfile.is_zipfile(path)]
+    return found[max(whole)] if whole else None
 
 
 def _best(trainer: L.Trainer) -> str:

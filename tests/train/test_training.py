@@ -199,17 +199,29 @@ def test_two_processes_train_as_one_with_their_windows_together(configured, tmp_
     close(load_checkpoint(tmp_path / "two" / "model.safetensors").state_dict(), one[1], 1e-4)
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_curve(configured, tmp_path):
+@pytest.mark.parametrize("moment", ["config.yaml", "checkpoints/last-epoch=0*", "checkpoints/last-epoch=3*"])
+def test_a_run_that_is_killed_goes_on_to_the_same_curve(configured, tmp_path, moment):
     straight = run(configured("straight", run="epochs: 6"))
     path = configured("killed", run="epochs: 6")
     process = subprocess.Popen(command(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    checkpoints, deadline = tmp_path / "killed" / "checkpoints", time.monotonic() + 120
-    while not list(checkpoints.glob("last-*.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob(moment)) and time.monotonic() < deadline:
+        time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "model.safetensors").exists(), "it was done before it was killed"
     again = run(path)
+    pd.testing.assert_frame_equal(again[0].drop(columns="seconds"), straight[0].drop(columns="seconds"))
+    same(again[1], straight[1])
+
+
+def test_a_checkpoint_that_is_half_written_is_passed_over(configured, tmp_path):
+    straight = run(configured("straight", run="epochs: 4"))
+    run(configured("cut", run="epochs: 3"))
+    last = tmp_path / "cut" / "checkpoints" / "last-epoch=2.ckpt"
+    last.write_bytes(last.read_bytes()[:-2000])
+    (tmp_path / "cut" / ".config.yaml.1.partial").touch()
+    again = run(configured("cut", run="epochs: 4"))
     pd.testing.assert_frame_equal(again[0].drop(columns="seconds"), straight[0].drop(columns="seconds"))
     same(again[1], straight[1])
 
