@@ -120,14 +120,17 @@ def test_a_run_learns_and_its_checkpoint_can_be_loaded(configured, tmp_path):
 @pytest.mark.parametrize("attention", ["", ", attention: knn, neighbors: 8"])
 def test_two_epochs_and_two_more_equal_four(configured, attention):
     straight = run(configured("straight", SIZES + attention, run="epochs: 4"))
-    run(configured("halves", SIZES + attention, run="epochs: 2"))
+    first, _ = run(configured("halves", SIZES + attention, run="epochs: 2"))
     halves = run(configured("halves", SIZES + attention, run="epochs: 4"))
+    assert list(halves[0]["seconds"][:2]) == list(first["seconds"]), "the first epochs were trained again"
     pd.testing.assert_frame_equal(halves[0].drop(columns="seconds"), straight[0].drop(columns="seconds"))
     same(halves[1], straight[1])
 
 
 def test_the_attention_of_the_run_is_that_of_its_checkpoint(configured, tmp_path):
-    run(configured(model=SIZES + ", attention: knn, neighbors: 8", run="epochs: 1"))
+    near, _ = run(configured(model=SIZES + ", attention: knn, neighbors: 8", run="epochs: 1"))
+    everywhere, _ = run(configured("global", run="epochs: 1"))
+    assert abs(near["loss"][0] - everywhere["loss"][0]) > 1e-4  # same weights and windows, other attention
     config = load_checkpoint(tmp_path / "run" / "model.safetensors").config
     assert (config.attention, config.neighbors) == ("knn", 8)
 
