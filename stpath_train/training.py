@@ -13,6 +13,7 @@ A run is a folder:
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 import zipfile
@@ -165,6 +166,11 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add a row, and write the table and its picture."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if not math.isfinite(metrics["loss"]):  # before a checkpoint is written
+            raise InputError(
+                f"epoch {trainer.current_epoch + 1}: the loss is {metrics['loss']}; lower "
+                "optimizer.learning_rate or set optimizer.clip to 1, in a new run.out"
+            )
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "loss": metrics["loss"]}
         if "validation_loss" in metrics:
             row["validation_loss"] = metrics["validation_loss"]
@@ -204,7 +210,12 @@ def train(config: TrainConfig) -> Path:
     with warnings.catch_warnings():
         for known in ("does not have many workers", "Total length of", "exists and is not empty", "LeafSpec"):
             warnings.filterwarnings("ignore", f".*{known}.*")
-        trainer.fit(module, slides, ckpt_path=last, weights_only=True)
+        try:
+            trainer.fit(module, slides, ckpt_path=last, weights_only=True)
+        except SystemExit:  # as Lightning turns Ctrl-C into
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
     if trainer.is_global_zero:
         best = _best(trainer)
         if best:
@@ -297,17 +308,11 @@ def _trainer(config: TrainConfig) -> L.Trainer:
 
     run = config.run
     folder = run.out / CHECKPOINTS
-    # Two callbacks: one to go on from, one for the best.
-    callbacks: list[Callback] = [
-        History(run.out),
-        ModelCheckpoint(
-            folder, "last-{epoch}", monitor="epoch", mode="max", save_top_k=KEPT, save_on_train_epoch_end=True
-        ),
-    ]
-    if config.data.validation:
-        callbacks.append(
-            ModelCheckpoint(folder, "best-{epoch}", monitor="validation_loss", save_on_train_epoch_end=True)
-        )
+    callbacks: list[Callback] = [History(run.out)]
+    keep = partial(ModelCheckpoint, folder, save_on_train_epoch_end=True, enable_version_counter=False)
+    if config.data.validation:  # before the other, whose file then knows of this one's
+        callbacks.append(keep("best-{epoch}", monitor="validation_loss"))
+    callbacks.append(keep("last-{epoch}", monitor="epoch", mode="max", save_top_k=KEPT))
     if run.early_stopping is not None:
         callbacks.append(EarlyStopping("validation_loss", patience=run.early_stopping, check_on_train_epoch_end=True))
     if run.accelerator == "gpu" and not torch.cuda.is_available():

@@ -118,13 +118,21 @@ def test_a_run_learns_and_its_checkpoint_can_be_loaded(configured, tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["", ", attention: knn, neighbors: 8"])
-def test_two_epochs_and_two_more_equal_four(configured, attention):
-    straight = run(configured("straight", SIZES + attention, run="epochs: 4"))
-    first, _ = run(configured("halves", SIZES + attention, run="epochs: 2"))
-    halves = run(configured("halves", SIZES + attention, run="epochs: 4"))
+@pytest.mark.parametrize("data", ["", "validation: [S3]"])
+def test_two_epochs_and_two_more_equal_four(configured, attention, data):
+    straight = run(configured("straight", SIZES + attention, data, run="epochs: 4"))
+    first, _ = run(configured("halves", SIZES + attention, data, run="epochs: 2"))
+    halves = run(configured("halves", SIZES + attention, data, run="epochs: 4"))
     assert list(halves[0]["seconds"][:2]) == list(first["seconds"]), "the first epochs were trained again"
     pd.testing.assert_frame_equal(halves[0].drop(columns="seconds"), straight[0].drop(columns="seconds"))
     same(halves[1], straight[1])
+
+
+def test_a_run_that_is_done_stays_as_it_is(configured):
+    path = configured(run="epochs: 3", data="validation: [S3]")
+    before, after = run(path), run(path)
+    pd.testing.assert_frame_equal(before[0], after[0])
+    same(after[1], before[1])
 
 
 def test_the_attention_of_the_run_is_that_of_its_checkpoint(configured, tmp_path):
@@ -161,6 +169,15 @@ def test_early_stopping_ends_a_run(configured):
     path = configured(run="epochs: 50, early_stopping: 1", data="validation: [S3]")
     path.write_text(path.read_text().replace("learning_rate: 3e-3", "learning_rate: 1.0"))
     assert len(run(path)[0]) < 50
+
+
+def test_a_loss_that_is_no_number_ends_the_run_without_a_checkpoint(configured, tmp_path):
+    path = configured(run="epochs: 5", data="slides: [S0, S1]")
+    path.write_text(path.read_text().replace("learning_rate: 3e-3", "learning_rate: 1e38, clip: 0"))
+    with pytest.raises(InputError, match="the loss is .*; lower optimizer.learning_rate"):
+        run(path)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert np.isfinite(pd.read_csv(tmp_path / "run" / "history.csv")["loss"]).all()
 
 
 def test_tensorboard_is_an_option(configured, tmp_path):
@@ -216,6 +233,19 @@ def test_a_run_that_is_killed_goes_on_to_the_same_curve(configured, tmp_path, mo
     again = run(path)
     pd.testing.assert_frame_equal(again[0].drop(columns="seconds"), straight[0].drop(columns="seconds"))
     same(again[1], straight[1])
+
+
+def test_ctrl_c_ends_a_run_that_goes_on_later(configured, tmp_path):
+    path = configured(run="epochs: 4000")
+    process = subprocess.Popen(command(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run").glob("checkpoints/last-epoch=1*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert "error: interrupted" in process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    done = len(pd.read_csv(tmp_path / "run" / "history.csv"))
+    assert len(run(configured(run=f"epochs: {done + 2}"))[0]) == done + 2
 
 
 def test_a_checkpoint_that_is_half_written_is_passed_over(configured, tmp_path):
