@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import InputError, InputWarning
 from .vocabulary import ORGANS, TECHNOLOGIES, organ_token, technology_token
 
 ROWS_AT_ONCE = 65_536  # checking for NaN makes a copy of this many rows at the most
+PUBLISHED_MICRONS = 112  # side of the patches that STPath was trained on: 224 pixels at 0.5 um a pixel
+FAR = 1.5  # times smaller or larger: a scale that the model has hardly seen
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The square of tissue that the features of a spot are of, as far as a file tells."""
+
+    pixels: int  # its side, at the magnification at which it was read
+    magnification: float  # at which it was read: 20 is 0.5 um a pixel
+    level0_pixels: int | None = None  # its side in the pixels of the coordinates
+    level0_magnification: float | None = None  # of the coordinates
+
+    @property
+    def microns(self) -> float:
+        """Its side in micrometres."""
+        return self.pixels * 10 / self.magnification
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -31,6 +49,8 @@ class Slide:
         Names as in `stpath_runtime.vocabulary`, whatever their case and punctuation; None means Others and unknown.
     name
         What messages and outputs call the slide.
+    patch
+        The size of the patches that the features are of, where it is known; one far from the published 112 um warns.
 
     Raises
     ------
@@ -44,6 +64,7 @@ class Slide:
     organ: str | None = None
     technology: str | None = None
     name: str = "slide"
+    patch: Patch | None = None
 
     def __post_init__(self) -> None:
         coords, features = np.asarray(self.coords), np.asarray(self.features)
@@ -78,6 +99,13 @@ class Slide:
         checked = {"coords": coords, "features": features, "barcodes": barcodes}
         for field, value in {**checked, "organ": organ, "technology": technology}.items():
             object.__setattr__(self, field, value)
+        if self.patch is not None and not 1 / FAR <= self.patch.microns / PUBLISHED_MICRONS <= FAR:
+            warnings.warn(
+                f"{self.name}: its patches are {self.patch.microns:.0f} um wide ({self.patch.pixels} pixels at "
+                f"{self.patch.magnification:g}x); STPath was trained on patches of {PUBLISHED_MICRONS} um",
+                InputWarning,
+                stacklevel=3,
+            )
 
     def __len__(self) -> int:
         return len(self.coords)

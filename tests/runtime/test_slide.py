@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stpath_runtime import InputError, Slide
+from stpath_runtime import InputError, InputWarning, Slide
+from stpath_runtime.slide import Patch
 
 
 def slide(n: int = 4, **changes) -> Slide:
@@ -87,3 +90,14 @@ def test_a_faulty_slide_is_refused_with_what_and_where(changes, message):
         slide(name="s1", **changes)
     with pytest.raises(InputError, match="s1"):
         slide(name="s1", **changes)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "magnification", "warns"),
+    [(224, 20, False), (256, 20, False), (512, 20, True), (112, 20, True), (448, 40, False)],
+)
+def test_a_patch_scale_far_from_the_published_one_warns(pixels, magnification, warns):
+    patch = Patch(pixels, magnification)
+    with pytest.warns(InputWarning, match=rf"patches are {patch.microns:.0f} um wide") if warns else nullcontext():
+        found = slide(patch=patch)
+    assert found.patch.microns == pixels * 10 / magnification
