@@ -164,6 +164,18 @@ def info(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine f
     print_manifest(engine, manifest)
 
 
+@app.command()
+def triton(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    out: Annotated[Path, typer.Option(metavar="MODEL_REPOSITORY", help="The folder to make.")],
+    device: Annotated[str, typer.Option(help="Where Triton runs it: cpu or cuda:N.")] = "cpu",
+) -> None:
+    """Write a model repository for a Triton Inference Server."""
+    from .triton import write_model_repository
+
+    typer.echo(f"{out}: {', '.join(write_model_repository(engine, out, device))}")
+
+
 def _require_png(out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise InputError(f"--out {out}: the picture is a PNG; give a name that ends in .png")

@@ -1,0 +1,168 @@
+"""Writes a model repository for NVIDIA's Triton Inference Server from an engine.
+
+    stpath/                    runs slides of any size as `Engine` does, in Triton's Python backend
+        config.pbtxt
+        warmup/genes           the gene that the warm-up asks for
+        1/model.py             a copy of stpath_runtime/triton_model.py
+        1/engine/              the engine
+    stpath_fused/              the graph of all stages, in Triton's ONNX Runtime backend (stpath_fused_knn for a model
+        config.pbtxt           that was trained to attend by kNN)
+        1/model.onnx, weights.bin
+    stpath_tokens/             the graph that gives the gene rows that the fused graph takes, there too
+
+Source of the format: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from .engine import Engine
+from .errors import InputError
+from .manifest import MANIFEST, WEIGHTS
+from .neighbors import BLOCK
+from .output import require_writable
+
+VERSION = "1"
+DATA_TYPES = {  # ONNX Runtime's names -> Triton's
+    "tensor(float)": "TYPE_FP32",
+    "tensor(float16)": "TYPE_FP16",
+    "tensor(int64)": "TYPE_INT64",
+    "tensor(bool)": "TYPE_BOOL",
+}
+
+
+def write_model_repository(engine: str | Path, out: str | Path, device: str = "cpu") -> list[str]:
+    """Write a Triton model repository that holds all it needs of an engine.
+
+    The engine's files are linked (hard links) where the file system can, else copied; as an engine's files are never
+    written again, either is a copy of its own. The folder appears under its name only when it is whole.
+
+    Parameters
+    ----------
+    engine
+        An engine directory.
+    out
+        The folder to make.
+    device
+        Where Triton runs the models: "cpu" or "cuda:N"; "cuda" is "cuda:0". It need not be there now.
+
+    Returns
+    -------
+    The names of the models.
+
+    Raises
+    ------
+    InputError
+        If `out` exists or cannot be written, the engine is missing or damaged, the device is no such name, or ONNX
+        Runtime, which reads the graphs' inputs, is not installed.
+    """
+    out = Path(out)
+    instances = _instance_group(device)
+    if out.exists():
+        raise InputError(f"{out}: exists already; remove it or choose another folder")
+    require_writable(out)
+    loaded = Engine.load(engine)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        _write_python_model(loaded, partial / "stpath", instances)
+        fused = "fused_knn" if loaded.manifest.model.attention == "knn" else "fused"
+        for graph in (fused, "tokens"):
+            _write_onnx_model(loaded.path / f"{graph}.onnx", partial / f"stpath_{graph}", instances)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return ["stpath", f"stpath_{fused}", "stpath_tokens"]
+
+
+def _write_python_model(engine: Engine, folder: Path, instances: str) -> None:
+    version = folder / VERSION
+    for name in (MANIFEST, *engine.manifest.files):
+        _link(engine.path / name, version / "engine" / name)
+    shutil.copyfile(Path(str(files("stpath_runtime") / "triton_model.py")), version / "model.py")
+    gene = engine.vocabulary.ensembl_ids[0].encode()
+    (folder / "warmup").mkdir()
+    (folder / "warmup" / "genes").write_bytes(len(gene).to_bytes(4, "little") + gene)  # Triton's form of a string
+    n_features = engine.manifest.model.n_features
+    tensors = [
+        _tensor("input", "features", "TYPE_FP32", [-1, n_features]),
+        _tensor("input", "coords", "TYPE_FP64", [-1, 2]),  # holds pixels, whole, and micrometres
+        _tensor("input", "genes", "TYPE_STRING", [-1]),
+        _tensor("input", "organ", "TYPE_STRING", [1], " optional: true"),
+        _tensor("input", "technology", "TYPE_STRING", [1], " optional: true"),
+        _tensor("output", "expression", "TYPE_FP32", [-1, -1]),
+    ]
+    _write_config(folder, 'backend: "python"', tensors, instances, _warmup(n_features))
+
+
+def _write_onnx_model(graph: Path, folder: Path, instances: str) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is read, not run
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    ends = [("input", end) for end in session.get_inputs()] + [("output", end) for end in session.get_outputs()]
+    tensors = [_tensor(kind, end.name, DATA_TYPES[end.type], _dims(end.shape)) for kind, end in ends]
+    _link(graph, folder / VERSION / "model.onnx")
+    _link(graph.with_name(WEIGHTS), folder / VERSION / WEIGHTS)  # the graph names it, beside itself
+    _write_config(folder, 'platform: "onnxruntime_onnx"', tensors, instances)
+
+
+def _write_config(folder: Path, runs_on: str, tensors: Sequence[str], instances: str, warmup: str = "") -> None:
+    """Write config.pbtxt: a request is one slide, so no batching."""
+    lines = [f'name: "{folder.name}"', runs_on, "max_batch_size: 0", *tensors, instances, warmup]
+    (folder / "config.pbtxt").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+
+
+def _tensor(kind: str, name: str, data_type: str, dims: Sequence[int], more: str = "") -> str:
+    return f'{kind} {{ name: "{name}" data_type: {data_type} dims: {list(dims)}{more} }}'
+
+
+def _dims(shape: Sequence[Any]) -> list[int]:
+    """A shape as ONNX Runtime gives it: sizes, or names of those that vary (-1 in Triton)."""
+    return [size if isinstance(size, int) else -1 for size in shape]
+
+
+def _instance_group(device: str) -> str:
+    """One instance: it takes all cores, or the whole GPU, for the slide that it runs."""
+    if device == "cpu":
+        return "instance_group { count: 1 kind: KIND_CPU }"
+    match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    if match is None:
+        raise InputError(f"unknown device {device!r} for Triton; give cpu or cuda:N")
+    return f"instance_group {{ count: 1 kind: KIND_GPU gpus: [ {int(match[1] or 0)} ] }}"
+
+
+def _warmup(n_features: int) -> str:
+    """A request that runs before the model is ready, so that no user's request loads the graphs: one block of zeros."""
+    return "\n".join(
+        [
+            "model_warmup {",
+            '  name: "load_graphs"',
+            "  batch_size: 1",
+            *(
+                f'  inputs {{ key: "{name}" value {{ data_type: {data_type} dims: {dims} {data} }} }}'
+                for name, data_type, dims, data in (
+                    ("features", "TYPE_FP32", [BLOCK, n_features], "zero_data: true"),
+                    ("coords", "TYPE_FP64", [BLOCK, 2], "zero_data: true"),
+                    ("genes", "TYPE_STRING", [1], 'input_data_file: "genes"'),
+                )
+            ),
+            "}",
+        ]
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

@@ -1,0 +1,97 @@
+"""The model `stpath` of a Triton Inference Server: `stpath triton` copies this file there as model.py.
+
+It runs in a process of Triton's Python backend, which gives it `triton_python_backend_utils`, and whose Python has
+`stpath_runtime`. An engine of the runtime does the work, so the numbers are those of `Engine.predict`; see
+docs/triton.md. Source of the interface: https://github.com/triton-inference-server/python_backend.
+"""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from stpath_runtime import Engine, InputError, Slide
+from stpath_runtime.slide import text
+
+ALL_GENES = "all"
+
+
+class TritonPythonModel:
+    """Slides in, expression out; Triton asks for a class of this name."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the engine beside this file, its hashes checked, on the device that config.pbtxt names.
+
+        Raises
+        ------
+        InputError
+            If the engine is damaged or the device is not there; Triton then reports that the model is unavailable.
+        """
+        engine = Path(args["model_repository"], args["model_version"], "engine")
+        on_gpu = args["model_instance_kind"] == "GPU"
+        self.engine = Engine.load(engine, device=f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu")
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request, with an error of one line where its input is at fault."""
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            expression = self._predict(request)
+        except InputError as error:
+            return _refusal(str(error), pb_utils.TritonError.INVALID_ARG)
+        except MemoryError as error:
+            reason = f"not enough memory ({error}); ask for fewer genes or smaller slides"
+            return _refusal(reason, pb_utils.TritonError.UNAVAILABLE)
+        except Exception as error:  # the trace, with paths of the server, is for its log alone
+            pb_utils.Logger.log_error(traceback.format_exc())
+            reason = f"{type(error).__name__}: {error}; a fault of stpath-engine: see the server's log and report it"
+            return _refusal(reason, pb_utils.TritonError.INTERNAL)
+        return pb_utils.InferenceResponse([pb_utils.Tensor("expression", expression)])
+
+    def _predict(self, request: Any) -> npt.NDArray[np.float32]:
+        """Expression [N, G] of a request: a column a name, in their order, also where one stands twice."""
+        names = _texts(request, "genes")
+        if not names:
+            raise InputError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
+        genes = None if names == [ALL_GENES] else names
+        if genes is not None:
+            self.engine.vocabulary.tokens(genes)  # a misspelt gene is found before the work, not after it
+        slide = Slide(
+            coords=_array(request, "coords"),  # [N, 2]
+            features=_array(request, "features"),  # [N, F]
+            organ=_one_text(request, "organ"),
+            technology=_one_text(request, "technology"),
+            name="request",
+        )
+        return self.engine.decode(self.engine.embed(slide), genes)
+
+
+def _array(request: Any, name: str) -> npt.NDArray[Any]:
+    """An input of numbers; Triton lets a request pass that lacks one, where others are optional."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        raise InputError(f"the input {name!r} is missing; give features, coords and genes")
+    array: npt.NDArray[Any] = tensor.as_numpy()
+    return array
+
+
+def _texts(request: Any, name: str) -> list[str]:
+    """An input of strings, [n]; none if it is left out."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    return [] if tensor is None else [text(word, name) for word in tensor.as_numpy().ravel()]
+
+
+def _one_text(request: Any, name: str) -> str | None:
+    """An optional input of one string; None, as for `Slide`, only if it is left out."""
+    words = _texts(request, name)
+    return words[0] if words else None
+
+
+def _refusal(reason: str, code: int) -> Any:
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(" ".join(reason.split()), code))
