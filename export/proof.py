@@ -14,6 +14,7 @@ import torch
 
 from stpath_runtime import encoder
 from stpath_runtime.context import Context
+from stpath_runtime.encoder import Spots
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import ParityError
 from stpath_runtime.slide import Slide
@@ -187,18 +188,19 @@ def compare(
 def _engine_paths(engine: Engine, case: Case, neighbors: int | None) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
     """The ways in which an engine computes a case: name, (embedding, expression)."""
     attention = "global" if neighbors is None else "knn"
-    keys = engine.keys(case.slide, attention, neighbors)
-    backend, model, precision = engine.backend, engine.manifest.model, engine.manifest.precision
     rows = case.context.resolve(case.slide, engine.vocabulary) if case.context is not None else None
+    spots = Spots.of([case.slide], [rows])
+    keys = engine.keys([case.slide], spots, attention, neighbors or 0)
+    backend, model, precision = engine.backend, engine.manifest.model, engine.manifest.precision
     tokens = engine.vocabulary.all_tokens() if case.genes is None else engine.vocabulary.tokens(case.genes)
-    embedding = encoder.encode(backend, model, precision, case.slide, keys, rows)
+    embedding = encoder.encode(backend, model, precision, spots, keys)
     yield f"{attention}, stages", (embedding, engine.decode(embedding, case.genes))
     small = max(SMALL_TILE, keys.unit)
     if keys.rows > small:
-        embedding = encoder.encode(backend, model, precision, case.slide, keys, rows, tile=small)
+        embedding = encoder.encode(backend, model, precision, spots, keys, tile=small)
         yield f"{attention}, stages, small tiles", (embedding, engine.decode(embedding, case.genes))
     if len(case.slide) <= FUSED_SPOTS:
-        yield f"{attention}, fused graph", encoder.run_fused(backend, model, precision, case.slide, keys, rows, tokens)
+        yield f"{attention}, fused graph", encoder.run_fused(backend, precision, spots, keys, tokens)
 
 
 def reference(

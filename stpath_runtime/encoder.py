@@ -15,7 +15,8 @@ Both ways to attend are this row. They differ in the order of the rows, and in h
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,7 @@ from .context import ContextRows
 from .errors import InputError
 from .manifest import ModelConfig
 from .neighbors import BLOCK, Plan
+from .output import CHUNK
 from .progress import OnTile
 from .slide import Slide
 from .vocabulary import MASK_TOKEN
@@ -37,7 +39,40 @@ DTYPES = {"fp32": np.float32, "fp16": np.float16}  # what passes between the sta
 # than any processor needs to be kept busy. Larger tiles cost memory and win nothing.
 ENOUGH_ROWS = 1024
 ENOUGH_BYTES = 64 << 20  # of a tile of the embed and head stages, which have no keys
-GENES_AT_ONCE = 8_192
+GENES_AT_ONCE = 32 * CHUNK[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Spots:
+    """Spots of a slide, or of several one after the other, as the stages take them."""
+
+    name: str  # what messages call them
+    features: Floats  # [N, F]
+    coords: npt.NDArray[np.float32]  # [N, 2], normalised for each slide on its own
+    organ: npt.NDArray[np.int64]  # [N], tokens
+    technology: npt.NDArray[np.int64]  # [N], tokens
+    context: list[ContextRows]  # positions among all N spots
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @classmethod
+    def of(cls, slides: Sequence[Slide], contexts: Sequence[ContextRows | None]) -> Spots:
+        """Put slides, and the context of each, one after the other; the features of a single one are not copied."""
+        counts = [len(slide) for slide in slides]
+        starts = np.cumsum([0, *counts[:-1]])
+        return cls(
+            name=slides[0].name if len(slides) == 1 else f"{slides[0].name} and {len(slides) - 1} more",
+            features=slides[0].features if len(slides) == 1 else np.concatenate([slide.features for slide in slides]),
+            coords=np.concatenate([slide.normalized_coords() for slide in slides]).astype(np.float32),
+            organ=np.repeat([slide.organ_token for slide in slides], counts),
+            technology=np.repeat([slide.technology_token for slide in slides], counts),
+            context=[
+                ContextRows(rows.spots + start, rows.tokens, rows.log_counts)
+                for rows, start in zip(contexts, starts, strict=True)
+                if rows is not None and len(rows.spots)
+            ],
+        )
 
 
 class Keys(Protocol):
@@ -62,15 +97,15 @@ class Keys(Protocol):
 
 
 class AllSpots:
-    """Global attention: rows are spots, and every tile takes all of them as keys."""
+    """Global attention within one slide: rows are spots, and every tile takes all of them as keys."""
 
     graph, unit = "block", 1
 
-    def __init__(self, slide: Slide, model: ModelConfig) -> None:
-        self.rows = len(slide)
+    def __init__(self, spots: Spots, model: ModelConfig) -> None:
+        self.rows = len(spots)
         # In float32: scores, bias and their sum for each head, distances and their parts.
         self.row_bytes = self.rows * (3 * model.n_heads + 4) * 4
-        self._coords = slide.normalized_coords().astype(np.float32)
+        self._coords = spots.coords
 
     def spots(self, rows: slice) -> slice:
         """The same: rows are spots."""
@@ -90,13 +125,13 @@ class NearestSpots:
 
     graph, unit = "knn_block", BLOCK
 
-    def __init__(self, slide: Slide, model: ModelConfig, plan: Plan) -> None:
+    def __init__(self, spots: Spots, model: ModelConfig, plan: Plan) -> None:
         self.rows = len(plan.spot)
         keys = int(np.diff(plan.key_start).max())
         # In float32: scores, bias and their sum, distances and their parts, and a block's keys shared by its rows.
         self.row_bytes = keys * ((3 * model.n_heads + 4) * 4 + 1) + 3 * keys * model.d_model * 4 // BLOCK
         self._plan = plan
-        self._coords = slide.normalized_coords().astype(np.float32)[plan.spot]
+        self._coords = spots.coords[plan.spot]
 
     def spots(self, rows: slice) -> npt.NDArray[np.int64]:
         """The spot of each row; a row that pads a block takes the last spot, and is no key of any."""
@@ -122,9 +157,8 @@ def encode(
     backend: Backend,
     model: ModelConfig,
     precision: str,
-    slide: Slide,
+    spots: Spots,
     keys: Keys,
-    context: ContextRows | None = None,
     memory: int | None = None,
     tile: int | None = None,
     on_tile: OnTile | None = None,
@@ -149,7 +183,7 @@ def encode(
     """
     dtype, n, d = DTYPES[precision], keys.rows, model.d_model
     memory = memory if memory is not None else backend.available_memory() // 2
-    size = tile or tile_rows(keys, model, np.dtype(dtype).itemsize, memory, slide.name)
+    size = tile or tile_rows(keys, model, np.dtype(dtype).itemsize, memory, spots.name)
     x, k, v = (np.empty((n, d), dtype) for _ in range(3))
     done, total = 0, n * (1 + model.n_layers)
 
@@ -159,10 +193,10 @@ def encode(
         if on_tile is not None:
             on_tile(done, total)
 
-    embedded, row_of_spot = gene_rows(backend, model, dtype, len(slide), context)
+    embedded, row_of_spot = gene_rows(backend, dtype, spots)
     for rows in _tiles(n, min(size, _enough(model.n_features * 4)), 1):
-        spots = keys.spots(rows)
-        x[rows], k[rows], v[rows] = backend.run("embed", _embed_inputs(slide, spots, embedded[row_of_spot[spots]]))
+        some = keys.spots(rows)
+        x[rows], k[rows], v[rows] = backend.run("embed", _embed_inputs(spots, some, embedded[row_of_spot[some]]))
         tick(rows)
 
     k_next, v_next = np.empty_like(k), np.empty_like(v)
@@ -178,7 +212,7 @@ def encode(
     finite = np.isfinite(embedding).all(axis=1)
     if not finite.all():
         raise InputError(
-            f"{slide.name}: the model gives NaN or infinity at {int((~finite).sum()):,} spots, the first at spot "
+            f"{spots.name}: the model gives NaN or infinity at {int((~finite).sum()):,} spots, the first at spot "
             f"{int(np.argmin(finite))}; its features are too large, or too "
             f"large for {precision}"
         )
@@ -207,70 +241,59 @@ def tile_rows(keys: Keys, model: ModelConfig, itemsize: int, memory: int, name: 
 
 
 def run_fused(
-    backend: Backend,
-    model: ModelConfig,
-    precision: str,
-    slide: Slide,
-    keys: AllSpots | NearestSpots,
-    context: ContextRows | None,
-    token_ids: npt.NDArray[np.int64],
+    backend: Backend, precision: str, spots: Spots, keys: AllSpots | NearestSpots, token_ids: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Embedding [N, d] and expression [N, G] by the one graph of all stages, which holds all scores at once."""
-    embedded, row_of_spot = gene_rows(backend, model, DTYPES[precision], len(slide), context)
-    everything = slice(0, keys.rows)
-    spots = keys.spots(everything)
-    inputs = _embed_inputs(slide, spots, embedded[row_of_spot[spots]])
+    embedded, row_of_spot = gene_rows(backend, DTYPES[precision], spots)
+    some = keys.spots(slice(0, keys.rows))
+    inputs = _embed_inputs(spots, some, embedded[row_of_spot[some]])
     if isinstance(keys, NearestSpots):
         outputs = backend.run("fused_knn", {**inputs, **keys.whole(), "token_ids": token_ids})
     else:
-        coords = slide.normalized_coords().astype(np.float32)
-        outputs = backend.run("fused", {**inputs, "coords": coords, "token_ids": token_ids})
+        outputs = backend.run("fused", {**inputs, "coords": spots.coords, "token_ids": token_ids})
     embedding, expression = (keys.of_spots(rows).astype(np.float32, copy=False) for rows in outputs)
     return embedding, expression
 
 
-def gene_rows(
-    backend: Backend, model: ModelConfig, dtype: npt.DTypeLike, n_spots: int, context: ContextRows | None
-) -> tuple[Floats, npt.NDArray[np.int64]]:
+def gene_rows(backend: Backend, dtype: npt.DTypeLike, spots: Spots) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Embedded gene rows [1 + C, d], the mask's first, and which of them each spot takes [N]."""
-    row_of_spot = np.zeros(n_spots, np.int64)
-    one = np.ones((1, 1), dtype)
-    (mask_row,) = backend.run("tokens", {"values": one, "token_ids": np.array([MASK_TOKEN])})
-    if context is None or len(context.spots) == 0:
-        return mask_row, row_of_spot
-    row_of_spot[context.spots] = np.arange(1, 1 + len(context.spots))
-    rows = [mask_row]
-    itemsize = np.dtype(dtype).itemsize
-    for some in _tiles(len(context.spots), _enough(max(1, len(context.tokens)) * itemsize), 1):
-        values = context.log_counts[some].toarray().astype(dtype, copy=False)
-        rows += backend.run("tokens", {"values": values, "token_ids": context.tokens})
+    row_of_spot = np.zeros(len(spots), np.int64)
+    rows = backend.run("tokens", {"values": np.ones((1, 1), dtype), "token_ids": np.array([MASK_TOKEN])})
+    first, itemsize = 1, np.dtype(dtype).itemsize
+    for context in spots.context:
+        row_of_spot[context.spots] = np.arange(first, first + len(context.spots))
+        first += len(context.spots)
+        for some in _tiles(len(context.spots), _enough(max(1, len(context.tokens)) * itemsize), 1):
+            values = context.log_counts[some].toarray().astype(dtype, copy=False)
+            rows += backend.run("tokens", {"values": values, "token_ids": context.tokens})
     return np.concatenate(rows), row_of_spot
 
 
 def decode(
-    backend: Backend,
-    precision: str,
-    embedding: Floats,
-    token_ids: npt.NDArray[np.int64],
-    on_tile: OnTile | None = None,
-) -> npt.NDArray[np.float32]:
-    """Expression (log1p of raw counts) of the genes asked for, [N, G], from an embedding [N, d]."""
-    expression = np.empty((len(embedding), len(token_ids)), np.float32)
-    for genes in _tiles(len(token_ids), GENES_AT_ONCE, 1):
-        width = genes.stop - genes.start
-        for spots in _tiles(len(embedding), _enough(width * 4), 1):
+    backend: Backend, precision: str, embedding: Floats, token_ids: npt.NDArray[np.int64]
+) -> Iterator[tuple[slice, slice, npt.NDArray[np.float32]]]:
+    """Expression (log1p of raw counts) of the genes asked for, from an embedding [N, d], tile by tile.
+
+    Yields
+    ------
+    Spots, genes (positions in `token_ids`), and their values [spots, genes]. Tiles start at multiples of CHUNK.
+    """
+    for start in range(0, len(token_ids), GENES_AT_ONCE):
+        genes = slice(start, min(start + GENES_AT_ONCE, len(token_ids)))
+        # Whole chunks of spots, as many as pay: a chunk of a file is written once.
+        step = max(1, _enough((genes.stop - start) * 4) // CHUNK[0]) * CHUNK[0]
+        for first in range(0, len(embedding), step):
+            spots = slice(first, min(first + step, len(embedding)))
             tile = embedding[spots].astype(DTYPES[precision], copy=False)
-            (expression[spots, genes],) = backend.run("head", {"embedding": tile, "token_ids": token_ids[genes]})
-            if on_tile is not None:
-                on_tile(genes.start * len(embedding) + width * spots.stop, expression.size)
-    return expression
+            (values,) = backend.run("head", {"embedding": tile, "token_ids": token_ids[genes]})
+            yield spots, genes, values.astype(np.float32, copy=False)
 
 
-def _embed_inputs(slide: Slide, spots: slice | npt.NDArray[np.int64], gene_row: Floats) -> dict[str, Floats]:
+def _embed_inputs(spots: Spots, some: slice | npt.NDArray[np.int64], gene_row: Floats) -> dict[str, Floats]:
     return {
-        "features": slide.features[spots].astype(gene_row.dtype, copy=False),
-        "organ": np.full(len(gene_row), slide.organ_token, np.int64),
-        "technology": np.full(len(gene_row), slide.technology_token, np.int64),
+        "features": spots.features[some].astype(gene_row.dtype, copy=False),
+        "organ": spots.organ[some],
+        "technology": spots.technology[some],
         "gene_row": gene_row,
     }
 

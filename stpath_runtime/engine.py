@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,14 @@ import numpy.typing as npt
 
 from . import encoder
 from .backends import Backend, open_backend
-from .context import Context
-from .encoder import AllSpots, NearestSpots
+from .context import Context, ContextRows
+from .encoder import AllSpots, NearestSpots, Spots
 from .errors import InputError, InputWarning
-from .manifest import ATTENTIONS, GENES, MANIFEST, Manifest
+from .manifest import ATTENTIONS, GENES, MANIFEST, Manifest, sha256
 from .neighbors import plan_blocks
+from .prediction import EMBEDDING, Prediction, new_frame
 from .progress import OnTile
-from .slide import Slide
+from .slide import Patch, Slide
 from .vocabulary import GeneVocabulary
 
 if TYPE_CHECKING:
@@ -99,12 +100,26 @@ class Engine:
             If the features are not as wide as the engine expects, the context does not fit the slide, the attention is
             unknown or lacks its neighbors, or the memory is too small for one tile.
         """
-        self._tell_of_approximation(*self._attention(attention, neighbors))
+        how = self.attention(attention, neighbors)
         self.check(slide)
         rows = context.resolve(slide, self.vocabulary) if context is not None else None
-        keys = self.keys(slide, attention, neighbors)
+        return self._embed([slide], [rows], *how, memory, on_tile)[0]
+
+    def _embed(
+        self,
+        slides: Sequence[Slide],
+        contexts: Sequence[ContextRows | None],
+        attention: str,
+        neighbors: int,
+        memory: int | None,
+        on_tile: OnTile | None = None,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Embeddings of slides, by one row of calls."""
+        spots = Spots.of(slides, contexts)
+        keys = self.keys(slides, spots, attention, neighbors)
         model, precision = self.manifest.model, self.manifest.precision
-        return encoder.encode(self.backend, model, precision, slide, keys, rows, memory, on_tile=on_tile)
+        embedding = encoder.encode(self.backend, model, precision, spots, keys, memory, on_tile=on_tile)
+        return np.split(embedding, np.cumsum([len(slide) for slide in slides])[:-1])
 
     def check(self, slide: Slide) -> None:
         """Check that a slide is one, with features as wide as the engine expects.
@@ -125,15 +140,37 @@ class Engine:
                 f"({self.manifest.encoder}); compute the features with that encoder"
             )
 
-    def keys(self, slide: Slide, attention: str | None = None, neighbors: int | None = None) -> AllSpots | NearestSpots:
-        """How the spots of a slide attend: the keys of `stpath_runtime.encoder`."""
+    def keys(self, slides: Sequence[Slide], spots: Spots, attention: str, neighbors: int) -> AllSpots | NearestSpots:
+        """How the spots of slides attend: the keys of `stpath_runtime.encoder`."""
+        if attention == "global":
+            if len(slides) == 1:
+                return AllSpots(spots, self.manifest.model)
+            neighbors = max(len(slide) for slide in slides)  # as many as there are: the same as global
+        return NearestSpots(spots, self.manifest.model, plan_blocks([slide.coords for slide in slides], neighbors))
+
+    def attention(self, attention: str | None, neighbors: int | None) -> tuple[str, int]:
+        """How to attend, checked: the kind and the neighbors (0 for global), as trained where None.
+
+        Warns, once, where that is an approximation.
+
+        Raises
+        ------
+        InputError
+            If the kind is unknown or the neighbors do not fit it.
+        """
         kind, k = self._attention(attention, neighbors)
-        if kind == "global":
-            return AllSpots(slide, self.manifest.model)
-        return NearestSpots(slide, self.manifest.model, plan_blocks([slide.coords], k))
+        trained = self.manifest.model
+        if (kind, k) != (trained.attention, trained.neighbors) and not self._approximation_told:
+            self._approximation_told = True
+            warnings.warn(
+                f"{_describe(kind, k)} on a model trained with {_describe(trained.attention, trained.neighbors)} is an "
+                "approximation; stpath fidelity measures it",
+                InputWarning,
+                stacklevel=4,
+            )
+        return kind, k
 
     def _attention(self, attention: str | None, neighbors: int | None) -> tuple[str, int]:
-        """Check how to attend; returns the kind and the neighbors (0 for global)."""
         trained = self.manifest.model
         kind = trained.attention if attention is None else attention
         if kind not in ATTENTIONS:
@@ -166,12 +203,83 @@ class Engine:
         InputError
             If a gene is unknown or the embedding is of another width.
         """
+        embedding = self.check_embedding(embedding, "embedding")
+        tokens = self.vocabulary.tokens(genes) if genes is not None else self.vocabulary.all_tokens()
+        expression = np.empty((len(embedding), len(tokens)), np.float32)
+        for spots, columns, values in encoder.decode(self.backend, self.manifest.precision, embedding, tokens):
+            expression[spots, columns] = values
+            if on_tile is not None:
+                on_tile(columns.start * len(embedding) + values.shape[1] * spots.stop, expression.size)
+        return expression
+
+    def check_embedding(self, embedding: npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+        """Check that an embedding is one of this engine's model, by its width.
+
+        Raises
+        ------
+        InputError
+            If it is not.
+        """
         d_model = self.manifest.model.d_model
         embedding = np.asarray(embedding)
-        if embedding.ndim != 2 or embedding.shape[1] != d_model:
-            raise InputError(f"embedding: the shape is {list(embedding.shape)}; this engine's is [N, {d_model}]")
-        tokens = self.vocabulary.tokens(genes) if genes is not None else self.vocabulary.all_tokens()
-        return encoder.decode(self.backend, self.manifest.precision, embedding, tokens, on_tile)
+        if embedding.ndim != 2 or embedding.shape[1] != d_model or embedding.dtype.kind != "f":
+            raise InputError(
+                f"{name}: {embedding.dtype} of shape {list(embedding.shape)}; this engine's is float [N, {d_model}]"
+            )
+        return embedding
+
+    def encode(
+        self,
+        slides: Sequence[Slide],
+        contexts: Sequence[Context | None] | None = None,
+        *,
+        genes: Sequence[str] | None = None,
+        attention: str | None = None,
+        neighbors: int | None = None,
+        memory: int | None = None,
+        embeddings: bool = False,
+        fill_context: bool = False,
+        on_tile: OnTile | None = None,
+    ) -> list[Prediction]:
+        """Run the encoder on a slide, or on several small ones in one row of calls; genes are decoded later.
+
+        What `Prediction.write` takes does not grow with the genes: for all genes of a large slide. No spot attends to
+        another slide's. Parameters and errors are those of `predict`, with a context, or None, for each slide.
+        """
+        contexts = contexts if contexts is not None else [None] * len(slides)
+        names, tokens = self.panel(genes)  # a misspelt gene is found before the work, not after it
+        how = self.attention(attention, neighbors)
+        rows = []
+        for slide, context in zip(slides, contexts, strict=True):
+            self.check(slide)
+            rows.append(context.resolve(slide, self.vocabulary) if context is not None else None)
+        found = self._embed(slides, rows, *how, memory, on_tile)
+        predictions = []
+        for slide, measured, embedding in zip(slides, rows, found, strict=True):
+            facts = self._provenance(slide, *how) | {"context_filled": fill_context and measured is not None}
+            frame = new_frame(slide, names, self.vocabulary.gene_ids(tokens), facts, measured)
+            if embeddings:
+                frame.obsm[EMBEDDING] = embedding
+            predictions.append(Prediction(self, frame, embedding, tokens, measured if fill_context else None))
+        return predictions
+
+    def panel(self, genes: Sequence[str] | None) -> tuple[list[str], npt.NDArray[np.int64]]:
+        """The names to show and the tokens of the genes asked for; None means all.
+
+        Raises
+        ------
+        InputError
+            If a gene is unknown, or none is asked for.
+        """
+        if genes is None:
+            tokens = self.vocabulary.all_tokens()
+            return self.vocabulary.names(tokens), tokens
+        if isinstance(genes, str):
+            raise InputError(f"genes must be a list of names, not the text {genes!r}; give [{genes!r}]")
+        names = _distinct([str(gene) for gene in genes])
+        if not names:
+            raise InputError("no gene is asked for; name some, or give None for all")
+        return names, self.vocabulary.tokens(names)
 
     def predict(
         self,
@@ -183,6 +291,7 @@ class Engine:
         neighbors: int | None = None,
         memory: int | None = None,
         embeddings: bool = False,
+        fill_context: bool = False,
         on_tile: OnTile | None = None,
     ) -> AnnData:
         """Predicted expression of a slide.
@@ -190,75 +299,39 @@ class Engine:
         Parameters
         ----------
         genes
-            Symbols, aliases or Ensembl ids; None means all 38,982 (156 KB a spot).
+            Symbols, aliases or Ensembl ids; None means all 38,982 (156 KB a spot: see `encode`).
         context, attention, neighbors, memory
             As for `embed`.
         embeddings
-            Whether to keep the embedding in `obsm["stpath_embedding"]`.
+            Whether to keep the embedding in `obsm["stpath_embedding"]`, from which any gene can be decoded later.
+        fill_context
+            Whether measured values, log1p of the raw counts, take the place of predicted ones.
         on_tile
             Called with (done, total) as the encoder goes on.
 
         Returns
         -------
         AnnData of N spots: X float32, log1p of raw counts; obs_names the barcodes; var_names the names asked for, with
-        `var["gene_ids"]`; `obsm["spatial"]` the coordinates that came in; `uns["stpath"]` the provenance.
+        `var["gene_ids"]`; `obsm["spatial"]` the coordinates that came in; with a context `obs["context"]`, whether a
+        spot was a part of it; `uns["stpath"]` the provenance.
 
         Raises
         ------
         InputError
             As `embed` and `decode`, and if no gene is asked for.
         """
-        if isinstance(genes, str):
-            raise InputError(f"genes must be a list of names, not the text {genes!r}; give [{genes!r}]")
-        names = None if genes is None else _distinct([str(gene) for gene in genes])
-        if names is not None and not names:
-            raise InputError("no gene is asked for; name some, or give None for all")
-        # A misspelt gene is found before the work, not after it.
-        tokens = self.vocabulary.all_tokens() if names is None else self.vocabulary.tokens(names)
-        embedding = self.embed(
-            slide, context=context, attention=attention, neighbors=neighbors, memory=memory, on_tile=on_tile
-        )
-        expression = encoder.decode(self.backend, self.manifest.precision, embedding, tokens)
-        adata = self._to_anndata(slide, names, tokens, expression)
-        adata.uns["stpath"] = self._provenance(slide, *self._attention(attention, neighbors))
-        if embeddings:
-            adata.obsm["stpath_embedding"] = embedding
-        return adata
+        how: dict[str, Any] = {"genes": genes, "attention": attention, "neighbors": neighbors, "memory": memory}
+        how |= {"embeddings": embeddings, "fill_context": fill_context, "on_tile": on_tile}
+        return self.encode([slide], [context], **how)[0].to_anndata()
 
-    def _tell_of_approximation(self, attention: str, neighbors: int) -> None:
-        """Warn, once, where a model attends otherwise than it was trained."""
-        trained = self.manifest.model
-        if (attention, neighbors) != (trained.attention, trained.neighbors) and not self._approximation_told:
-            self._approximation_told = True
-            warnings.warn(
-                f"{_describe(attention, neighbors)} on a model trained with "
-                f"{_describe(trained.attention, trained.neighbors)} is an approximation; stpath fidelity measures it",
-                InputWarning,
-                stacklevel=4,
-            )
-
-    def _to_anndata(
-        self,
-        slide: Slide,
-        names: list[str] | None,
-        tokens: npt.NDArray[np.int64],
-        expression: npt.NDArray[np.float32],
-    ) -> AnnData:
-        import pandas as pd
-        from anndata import AnnData
-
-        var_names = names if names is not None else self.vocabulary.names(tokens)
-        return AnnData(
-            X=expression,
-            obs=pd.DataFrame(index=pd.Index(slide.obs_names)),
-            var=pd.DataFrame({"gene_ids": self.vocabulary.gene_ids(tokens)}, index=pd.Index(var_names)),
-            obsm={"spatial": np.array(slide.coords)},
-        )
+    def hash(self) -> str:
+        """SHA-256 of the manifest, which holds those of every file: what tells one engine from another."""
+        return sha256(self.path / MANIFEST)
 
     def _provenance(self, slide: Slide, attention: str, neighbors: int) -> dict[str, Any]:
         model = self.manifest.model
         return {
-            "engine": hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest(),
+            "engine": self.hash(),
             "checkpoint": self.manifest.checkpoint["sha256"],
             "attention": attention,
             "neighbors": neighbors,
@@ -269,8 +342,14 @@ class Engine:
             "device": self.backend.device,
             "organ": slide.organ or "",
             "technology": slide.technology or "",
+            "patch": _known(slide.patch),
             "units": "log1p raw counts",
         }
+
+
+def _known(patch: Patch | None) -> dict[str, float]:
+    """What is known of a slide's patches; AnnData files hold no None."""
+    return {name: value for name, value in asdict(patch).items() if value is not None} if patch is not None else {}
 
 
 def _describe(attention: str, neighbors: int) -> str:

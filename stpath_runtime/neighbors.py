@@ -54,6 +54,17 @@ def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
     return found
 
 
+def usual_distance(coords: npt.NDArray[np.generic]) -> float:
+    """The median distance of a spot to its nearest, in the unit of the coordinates [N, 2]; 0 where there is but one."""
+    from scipy.spatial import KDTree
+
+    distinct = np.unique(coords, axis=0)
+    if len(distinct) < 2:
+        return 0.0
+    distance, _ = KDTree(distinct).query(distinct[:: max(1, len(distinct) // 2000)], k=2)
+    return float(np.median(np.asarray(distance)[:, 1]))
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """Blocks of one or more slides, and the keys of each."""
@@ -97,12 +108,13 @@ def plan_blocks(slides: Sequence[npt.NDArray[np.generic]], k: int) -> Plan:
     neighbors, blocks = [], []
     spots = n_blocks = 0
     for coords in slides:
-        near = nearest(coords, k) + spots
+        n = len(coords)
+        near = (nearest(coords, k) if k < n else np.tile(np.arange(n), (n, 1))) + spots
         # A slide of fewer than k spots has fewer neighbours: the last is repeated, which masks nothing more.
         neighbors.append(np.pad(near, ((0, 0), (0, k - near.shape[1])), mode="edge") if len(slides) > 1 else near)
         block = cut(np.asarray(coords, np.float64), BLOCK)
         blocks.append(block + n_blocks)
-        spots, n_blocks = spots + len(coords), n_blocks + int(block.max()) + 1
+        spots, n_blocks = spots + n, n_blocks + int(block.max()) + 1
     return _assemble(np.concatenate(neighbors), np.concatenate(blocks), n_blocks)
 
 

@@ -1,43 +1,81 @@
-"""Writing results: whole under their name, or not at all."""
+"""Writing results: whole under their name, or not at all; and tile by tile, however large they are."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .errors import InputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+CHUNK = (1_024, 256)  # spots and genes of a chunk of X: 1 MiB, for readers of one gene and for readers of one region
+LARGE = 2 << 30  # bytes of X, from which zarr is written where nothing else is said
+ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}  # how anndata marks a dense matrix
+TABLE, SHAPES = "stpath", "spots"  # elements of a SpatialData
+PROVENANCE = "uns/stpath"
+
+
+class Format(StrEnum):
+    """What a result is written as."""
+
+    H5AD = "h5ad"
+    ZARR = "zarr"
+    SPATIALDATA = "spatialdata"
+
+    @property
+    def suffix(self) -> str:
+        """How its name ends."""
+        return ".h5ad" if self is Format.H5AD else ".zarr"
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path`; rename it to `path` when the block ends well, delete it when it does not.
 
+    The block makes a file or a folder under that name.
+
     Raises
     ------
     InputError
-        If the file cannot be written.
+        If it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        partial.replace(path)
+        if path.is_dir():  # what a folder replaces must be moved away first
+            earlier = path.with_name(f".{path.name}.{os.getpid()}.earlier.partial")
+            path.rename(earlier)
+            partial.replace(path)
+            remove(earlier)
+        else:
+            partial.replace(path)
     except OSError as error:
         # HDF5 puts the system's words in the middle of its own.
         inner = re.search(r"error message = '([^']+)'", str(error))
         why = inner[1] if inner else error.strerror or str(error)
         raise InputError(f"{path}: cannot be written ({why}); free some space or choose another place") from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def require_writable(path: Path) -> None:
@@ -59,14 +97,16 @@ def require_writable(path: Path) -> None:
 
 
 def is_prediction(path: Path) -> bool:
-    """Whether a file is an h5ad that stpath wrote."""
+    """Whether stpath wrote what is at the path."""
     import h5py
 
+    if path.is_dir():
+        return any((path / table / PROVENANCE).is_dir() for table in ("", f"tables/{TABLE}"))
     if not h5py.is_hdf5(path):
         return False
     try:
         with h5py.File(path, "r") as file:
-            return "uns/stpath" in file
+            return PROVENANCE in file
     except OSError:
         return False
 
@@ -75,3 +115,103 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
     """Write an AnnData; the file appears under its name only when it is whole."""
     with written_whole(path) as partial:
         adata.write_h5ad(partial)
+
+
+@contextmanager
+def write_frame(frame: AnnData, path: Path, form: Format, dtype: np.dtype[Any]) -> Iterator[Any]:
+    """Write all of a result but X, and give the X of its file, [N, G], to be filled.
+
+    The file appears under its name only when the block has ended well.
+    """
+    writers = {Format.H5AD: _write_hdf5, Format.ZARR: _write_zarr, Format.SPATIALDATA: _write_spatialdata}
+    if form is Format.SPATIALDATA:
+        require_spatialdata()
+    with written_whole(path) as partial, writers[form](frame, partial, dtype) as x:
+        yield x
+
+
+@contextmanager
+def _write_hdf5(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Any]:
+    import h5py
+
+    frame.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        chunks = _chunks(frame) if frame.n_obs and frame.n_vars else None
+        x = file.create_dataset("X", frame.shape, dtype, chunks=chunks)
+        x.attrs.update(ARRAY)
+        yield x
+
+
+@contextmanager
+def _write_zarr(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Any]:
+    import anndata.io
+    import zarr
+
+    group = zarr.open_group(path, mode="w", zarr_format=2)  # that every anndata reads
+    anndata.io.write_elem(group, "/", frame)
+    yield _zarr_x(group, frame, dtype)
+    zarr.consolidate_metadata(path, zarr_format=2)
+
+
+@contextmanager
+def _write_spatialdata(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Any]:
+    import pandas as pd
+    import zarr
+    from spatialdata import SpatialData
+    from spatialdata.models import TableModel
+
+    table = frame.copy()
+    table.obs["region"], table.obs["spot_id"] = pd.Categorical([SHAPES] * frame.n_obs), np.arange(frame.n_obs)
+    table = TableModel.parse(table, region=SHAPES, region_key="region", instance_key="spot_id")
+    SpatialData(shapes={SHAPES: _shapes(frame)}, tables={TABLE: table}).write(path)
+    group = zarr.open_group(path / "tables" / TABLE, mode="r+", use_consolidated=False)
+    yield _zarr_x(group, frame, dtype)
+    zarr.consolidate_metadata(path)
+
+
+def require_spatialdata() -> None:
+    """Raise InputError, with what to install, where spatialdata is not."""
+    from importlib.util import find_spec
+
+    if find_spec("spatialdata") is None:
+        raise InputError("SpatialData needs spatialdata; run: pip install 'stpath-engine[spatialdata]'")
+
+
+def _shapes(frame: AnnData) -> Any:
+    """The squares of tissue that the features are of, where their size is known; else circles around the coordinates.
+
+    Where a file tells the size of its patches, its coordinates are their corners of the lowest x and y.
+    """
+    import geopandas
+    import shapely
+    from spatialdata.models import ShapesModel
+
+    from .neighbors import usual_distance
+
+    x, y = np.asarray(frame.obsm["spatial"], float).T
+    side = frame.uns["stpath"]["patch"].get("level0_pixels")
+    if side is not None:
+        return ShapesModel.parse(geopandas.GeoDataFrame(geometry=shapely.box(x, y, x + side, y + side)))
+    coords = np.column_stack([x, y])
+    return ShapesModel.parse(
+        coords, geometry=0, radius=(usual_distance(coords) or 1.0) / 2, index=np.arange(len(coords))
+    )
+
+
+def _zarr_x(group: Any, frame: AnnData, dtype: np.dtype[Any]) -> Any:
+    import numcodecs
+    from zarr.codecs import BloscCodec
+
+    # The bits of like significance together: what little there is to win on predictions, at the speed of a disk.
+    packed: Any = (
+        BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")
+        if group.metadata.zarr_format == 3
+        else numcodecs.Blosc("lz4", 1, numcodecs.Blosc.BITSHUFFLE)
+    )
+    x = group.create_array("X", shape=frame.shape, dtype=dtype, chunks=_chunks(frame), compressors=packed)
+    x.attrs.update(ARRAY)
+    return x
+
+
+def _chunks(frame: AnnData) -> tuple[int, ...]:
+    return tuple(min(most, size) for most, size in zip(CHUNK, frame.shape, strict=True))

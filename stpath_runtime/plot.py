@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError
+from .neighbors import usual_distance
 from .output import written_whole
 from .vocabulary import nearest_names
 
@@ -114,13 +115,8 @@ def _columns(panels: int) -> int:
 
 def _spot_diameter(coords: npt.NDArray[Any], span: float) -> float:
     """The usual distance between neighbouring spots, a little more, so that discs touch."""
-    from scipy.spatial import KDTree
-
-    distinct = np.unique(coords, axis=0)
-    if len(distinct) < 2:
-        return span / 20
-    distance, _ = KDTree(distinct).query(distinct[:: max(1, len(distinct) // 2000)], k=2)
-    return float(min(1.08 * np.median(np.asarray(distance)[:, 1]), span / 10))
+    usual = usual_distance(coords)
+    return min(1.08 * usual, span / 10) if usual else span / 20
 
 
 def _dense(column: Any) -> npt.NDArray[Any]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from helpers import relative_l2
 from stpath_runtime import Context, Engine, InputError, Slide, encoder
 from stpath_runtime.cli import main
+from stpath_runtime.encoder import Spots
 from stpath_runtime.errors import InputWarning
 from stpath_runtime.fidelity import measure_fidelity
 from stpath_runtime.memory import available_on_gpu, available_on_host, parse_bytes
@@ -61,16 +62,17 @@ def test_as_many_neighbours_as_spots_is_global(engine):
 @pytest.mark.parametrize("tile", [64, 128, 192, 1024])
 def test_knn_does_not_depend_on_the_tile(engine, k, tile):
     slide = random_slide(500, 1)
-    keys = engine.keys(slide, "knn", k)
+    spots = Spots.of([slide], [None])
+    keys = engine.keys([slide], spots, "knn", k)
     assert keys.rows == 512
-    tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", slide, keys, tile=tile)
+    tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", spots, keys, tile=tile)
     assert relative_l2(tiled, engine.embed(slide, attention="knn", neighbors=k)) <= 1e-6
 
 
 @pytest.mark.parametrize("how", [{}, {"attention": "knn", "neighbors": 8}])
 def test_memory_bounds_the_tile_and_changes_nothing_else(engine, how, monkeypatch):
     slide = random_slide(700, 2)
-    keys = engine.keys(slide, how.get("attention"), how.get("neighbors"))
+    keys = engine.keys([slide], Spots.of([slide], [None]), how.get("attention", "global"), how.get("neighbors", 0))
     kept = 5 * keys.rows * 64 * 4
     sizes = []
     real = encoder.tile_rows
@@ -214,3 +216,22 @@ def test_memory_of_the_host_is_bounded_by_its_cgroup(monkeypatch):
     assert available_on_host() == 4_000_000
     files["/sys/fs/cgroup/memory.max"] = "max\n"
     assert available_on_host() == 8000 * 1024
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 150), min_size=2, max_size=5),
+    k=st.sampled_from([None, 5, 200]),
+    context=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_slides_run_together_as_each_alone(tiny_engine, sizes, k, context, seed):
+    engine = Engine.load(tiny_engine)
+    how = {} if k is None else {"attention": "knn", "neighbors": k}
+    slides = [random_slide(spots, seed + i) for i, spots in enumerate(sizes)]
+    measured = Context([0], np.array([[3, 1]]), ["GENE3", "GENE9"])
+    contexts = [measured if context and i % 2 else None for i in range(len(slides))]
+    together = engine.encode(slides, contexts, **how)
+    for slide, own, found in zip(slides, contexts, together, strict=True):
+        assert relative_l2(found.embedding, engine.embed(slide, context=own, **how)) <= 1e-6
+        assert list(found.frame.obs_names) == slide.obs_names

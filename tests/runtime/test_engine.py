@@ -15,6 +15,7 @@ from scipy import sparse
 
 from helpers import relative_l2
 from stpath_runtime import Context, Engine, InputError, Slide, encoder
+from stpath_runtime.encoder import Spots
 from stpath_runtime.errors import InputWarning
 from stpath_train.inputs import slide_inputs
 from stpath_train.literal import literal_forward
@@ -76,8 +77,9 @@ def test_engine_equals_the_literal_formula(tiny, tiny_engine, spots, context, or
 @pytest.mark.parametrize("tile", [1, 7, 16, 61, 1000])
 def test_result_does_not_depend_on_the_tile(engine, tiny, tile):
     _, slide, context = tiny.slides()[0]
-    rows = context.resolve(slide, engine.vocabulary)
-    tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", slide, engine.keys(slide), rows, tile=tile)
+    spots = Spots.of([slide], [context.resolve(slide, engine.vocabulary)])
+    keys = engine.keys([slide], spots, "global", 0)
+    tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", spots, keys, tile=tile)
     assert relative_l2(tiled, engine.embed(slide, context=context)) <= 1e-6
 
 
@@ -89,7 +91,9 @@ def test_progress_counts_up_to_the_whole(engine, slide, monkeypatch):
     assert len(seen) > 4
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
+    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 30)
     engine.decode(np.zeros((100, 64), np.float32), on_tile=lambda done, total: seen.append((done, total)))
+    assert len(seen) == 7
     assert seen[-1] == (100 * 200, 100 * 200)
 
 
@@ -178,7 +182,7 @@ def test_bad_calls_are_refused(engine, slide):
         engine.predict(slide, genes=[])
     with pytest.raises(InputError, match="features are 3 wide; the engine expects 96"):
         engine.predict(Slide(np.ones((2, 2)), np.ones((2, 3), np.float32)))
-    with pytest.raises(InputError, match=r"\[2, 3\]; this engine's is \[N, 64\]"):
+    with pytest.raises(InputError, match=r"float64 of shape \[2, 3\]; this engine's is float \[N, 64\]"):
         engine.decode(np.ones((2, 3)))
 
 

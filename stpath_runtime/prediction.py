@@ -1,0 +1,116 @@
+"""What the encoder found of a slide, and its genes, decoded as they are asked for or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import encoder
+from .context import ContextRows
+from .output import CHUNK, Format, write_frame
+from .progress import OnTile
+from .slide import Slide
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from .engine import Engine
+
+EMBEDDING = "stpath_embedding"  # in obsm
+CONTEXT = "context"  # in obs
+Tile = tuple[slice, slice, npt.NDArray[np.float32]]  # spots, genes, values
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """A slide of N spots, encoded, and the G genes to decode."""
+
+    engine: Engine
+    frame: AnnData  # the result but for X
+    embedding: npt.NDArray[np.floating]  # [N, d]
+    tokens: npt.NDArray[np.int64]  # [G]; the last G of the frame's genes
+    measured: ContextRows | None = None  # what takes the place of predicted values
+    earlier: Any = None  # X of a file, whose genes come first
+
+    def tiles(self) -> Iterator[Tile]:
+        """Expression, log1p of raw counts, tile by tile; no two overlap, and together they are X."""
+        kept = self.frame.n_vars - len(self.tokens)
+        if kept:
+            yield from _copied(self.earlier)
+        precision = self.engine.manifest.precision
+        for spots, genes, values in encoder.decode(self.engine.backend, precision, self.embedding, self.tokens):
+            if self.measured is not None:
+                _fill(values, spots, self.tokens[genes], self.measured)
+            yield spots, slice(genes.start + kept, genes.stop + kept), values
+
+    def to_anndata(self) -> AnnData:
+        """The result in memory."""
+        adata = self.frame.copy()
+        adata.X = np.empty(adata.shape, np.float32)
+        for spots, genes, values in self.tiles():
+            adata.X[spots, genes] = values
+        return adata
+
+    def write(
+        self, path: Path, form: Format = Format.H5AD, dtype: npt.DTypeLike = np.float32, on_tile: OnTile | None = None
+    ) -> None:
+        """Write the result, tile by tile: the memory that this takes does not grow with spots or genes.
+
+        Parameters
+        ----------
+        dtype
+            Of X: float32 or float16.
+        on_tile
+            Called with (done, total) as the work goes on.
+
+        Raises
+        ------
+        InputError
+            If the file cannot be written; nothing is left of it then, and what stood there before still does.
+        """
+        done, total = 0, self.frame.n_obs * self.frame.n_vars
+        with write_frame(self.frame, path, form, np.dtype(dtype)) as x:
+            for spots, genes, values in self.tiles():
+                x[spots, genes] = values.astype(dtype, copy=False)
+                done += values.size
+                if on_tile is not None:
+                    on_tile(done, total)
+
+
+def new_frame(
+    slide: Slide, names: Sequence[str], gene_ids: Sequence[str], facts: dict[str, Any], context: ContextRows | None
+) -> AnnData:
+    """The result but for X: spots, genes, coordinates, which spots were context, and provenance."""
+    import pandas as pd
+    from anndata import AnnData
+
+    obs = pd.DataFrame(index=pd.Index(slide.obs_names, dtype=object))
+    if context is not None:
+        obs[CONTEXT] = np.isin(np.arange(len(slide)), context.spots)
+    var = pd.DataFrame({"gene_ids": list(gene_ids)}, index=pd.Index(list(names), dtype=object))
+    return AnnData(obs=obs, var=var, obsm={"spatial": np.array(slide.coords)}, uns={"stpath": facts})
+
+
+def _copied(x: Any) -> Iterator[Tile]:
+    """The tiles of X of a file."""
+    n_spots, n_genes = x.shape
+    for first in range(0, n_genes, encoder.GENES_AT_ONCE):
+        genes = slice(first, min(first + encoder.GENES_AT_ONCE, n_genes))
+        for start in range(0, n_spots, CHUNK[0]):
+            spots = slice(start, min(start + CHUNK[0], n_spots))
+            yield spots, genes, np.asarray(x[spots, genes], np.float32)
+
+
+def _fill(values: npt.NDArray[np.float32], spots: slice, tokens: npt.NDArray[np.int64], measured: ContextRows) -> None:
+    """Put the measured values of a tile in the place of its predicted ones."""
+    inside = np.flatnonzero((measured.spots >= spots.start) & (measured.spots < spots.stop))
+    column = {token: i for i, token in enumerate(measured.tokens.tolist())}
+    genes = [i for i, token in enumerate(tokens.tolist()) if token in column]
+    if len(inside) and genes:
+        known = measured.log_counts[inside][:, [column[int(tokens[i])] for i in genes]]
+        values[np.ix_(measured.spots[inside] - spots.start, genes)] = known.toarray()
