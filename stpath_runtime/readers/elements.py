@@ -1,0 +1,82 @@
+"""AnnData, h5ad or zarr: features, coordinates and names, each read alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..vocabulary import nearest_names
+from .checks import reading
+from .sources import Parts, Source
+
+LEAST_FILLED = 0.1  # of a sparse matrix of features: below, it is one of counts
+
+
+def is_anndata(source: Source) -> bool:
+    """Whether a file holds one AnnData (those of old carry no mark)."""
+    return source.attributes().get("encoding-type") == "anndata" or {"obs", "var"} <= set(source.names())
+
+
+def read_anndata(source: Source, features_key: str | None) -> Parts:
+    """Read features, coordinates and names of an AnnData, each alone.
+
+    Raises
+    ------
+    InputError
+        If it has no obsm['spatial'], no such features, or X holds counts.
+    """
+    path, kept = source.path, source.names("obsm")
+    if "spatial" not in kept:
+        raise InputError(
+            f"{path}: no coordinates; expected obsm['spatial'] [N, 2], found in obsm: {source.listed('obsm')}"
+        )
+    if features_key is not None and features_key not in kept:
+        near = nearest_names(features_key, kept)
+        raise InputError(f"{path}: no obsm[{features_key!r}]{near}; obsm holds: {source.listed('obsm')}")
+    if features_key is None and "X" not in source.names():
+        raise InputError(
+            f"{path}: no X; say which of obsm are the features (features_key), it holds: {source.listed('obsm')}"
+        )
+    features = dense(source, "X" if features_key is None else f"obsm/{features_key}")
+    return Parts(dense(source, "obsm/spatial"), features, read_names(source, "obs"))
+
+
+def dense(source: Source, key: str) -> npt.NDArray[Any]:
+    """Read a matrix as an array, [N, F]; a sparse one only if it is filled as features are.
+
+    Raises
+    ------
+    InputError
+        If it is sparse, and hardly filled.
+    """
+    found = source.read(key)
+    if not hasattr(found, "nnz"):
+        return np.asarray(found)
+    filled = found.nnz / max(found.shape[0] * found.shape[1], 1)
+    if filled < LEAST_FILLED:
+        raise InputError(
+            f"{source.path}: {key!r} is sparse and {filled:.1%} filled, as counts are and features are not; "
+            f"say which of obsm are the features (features_key), it holds: {source.listed('obsm')}"
+        )
+    with reading(source.path, repr(key)):
+        found.check_format(full_check=True)  # scipy trusts the indices of a file, and crashes
+        return np.asarray(found.toarray())
+
+
+def read_names(source: Source, table: str) -> npt.NDArray[Any]:
+    """Names of the rows of obs or var, [N].
+
+    Raises
+    ------
+    InputError
+        If there is no such table.
+    """
+    index = source.attributes(table).get("_index")
+    if not isinstance(index, str) or index not in source.names(table):
+        raise InputError(
+            f"{source.path}: {table!r} is no table with an index; write it again with anndata 0.8 or newer"
+        )
+    return np.asarray(source.read(f"{table}/{index}"), object)

@@ -1,0 +1,131 @@
+"""HDF5 files: AnnData's h5ad, and files of features by HEST, STPath, TRIDENT or CLAM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..vocabulary import nearest_names
+from .checks import check_size, reading
+from .patches import patch_of_trident
+from .sources import KINDS, Parts, Source
+
+FEATURES = ("embeddings", "features")  # STPath and HEST; TRIDENT and CLAM
+BARCODES = ("barcodes", "barcode")
+MOST_LINKS = 100_000
+
+
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[Source]:
+    """Open an HDF5 file of which no link leaves it.
+
+    Raises
+    ------
+    InputError
+        If it is damaged, or a link leads to another file.
+    """
+    import h5py
+
+    with reading(path):
+        file = h5py.File(path, "r")
+    with file:
+        _check_links(file, path)
+        yield Hdf5Source(path, file)
+
+
+class Hdf5Source(Source):
+    """An open HDF5 file."""
+
+    def _node(self, key: str) -> Any:
+        if not key:
+            return self.root
+        return self.root[key] if self.root.get(key, getlink=True) is not None else None
+
+    def _is_array(self, node: Any) -> bool:
+        import h5py
+
+        return isinstance(node, h5py.Dataset)
+
+    def _check_array(self, node: Any, what: str) -> None:
+        import h5py
+
+        if node.external or node.is_virtual:
+            raise InputError(f"{self.path}: {what} keeps its data in another file; copy the data into this one")
+        if node.dtype.kind not in KINDS and h5py.check_string_dtype(node.dtype) is None:
+            raise InputError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
+        if node.shape:
+            pieces = node.chunks or node.shape
+            chunks = math.prod(-(-n // max(size, 1)) for n, size in zip(node.shape, pieces, strict=True))
+            declared = max(math.prod(node.shape), math.prod(pieces)) * node.dtype.itemsize
+            # A file may say that it stores more than it is long.
+            stored = min(node.id.get_storage_size(), self.path.stat().st_size)
+            check_size(self.path, what, declared, chunks, stored)
+
+
+def _check_links(file: Any, path: Path) -> None:
+    """Refuse links out of the file, anywhere in it: a soft link may lead through one."""
+    import h5py
+
+    count = 0
+
+    def leaves(name: bytes, link: Any) -> bytes | None:
+        nonlocal count
+        count += 1
+        inside = link.type in (h5py.h5l.TYPE_HARD, h5py.h5l.TYPE_SOFT) and count <= MOST_LINKS
+        return None if inside else name
+
+    with reading(path):
+        found = file.id.links.visit(leaves, info=True)
+    if count > MOST_LINKS:
+        raise InputError(f"{path}: holds more than {MOST_LINKS:,} datasets; give the features of one slide")
+    if found is not None:
+        name = found.decode(errors="replace")
+        raise InputError(f"{path}: {name!r} is a link to another file; copy the data into this one")
+
+
+def read_features(source: Source, features_key: str | None) -> Parts:
+    """Read a file of features.
+
+    Raises
+    ------
+    InputError
+        If it has no features or coordinates, several features, or image patches instead.
+    """
+    path, found = source.path, source.names()
+    name = _features_name(source, features_key)
+    if "coords" not in found:
+        raise InputError(f"{path}: no coordinates; expected a dataset 'coords' [N, 2], found: {source.listed('')}")
+    features, coords = source.array(name), source.array("coords")
+    if features.ndim == 3 and features.shape[0] == 1:  # (1, N, F), as TRIDENT writes some
+        features = features[0]
+    barcodes = next((source.array(key) for key in BARCODES if key in found), None)
+    if barcodes is not None and barcodes.dtype.kind not in "SOUiu":
+        raise InputError(f"{path}: the barcodes are of type {barcodes.dtype}; expected text")
+    return Parts(coords, features, barcodes, patch_of_trident(source.attributes("coords"), path))
+
+
+def _features_name(source: Source, features_key: str | None) -> str:
+    """The dataset with the features."""
+    path, found = source.path, source.names()
+    if features_key is not None:
+        if features_key not in found:
+            near = nearest_names(features_key, found)
+            raise InputError(f"{path}: no dataset {features_key!r}{near}; it holds: {source.listed('')}")
+        return features_key
+    names = [name for name in FEATURES if name in found]
+    if len(names) > 1:
+        raise InputError(f"{path}: holds {source.listed('')}; say which are the features (features_key)")
+    if not names and "img" in found:
+        raise InputError(
+            f"{path}: holds image patches ('img' {source.shape('img')}) and no features; compute them first: "
+            f"stpath features {path} --out FEATURES.h5"
+        )
+    if not names:
+        raise InputError(
+            f"{path}: no features; expected a dataset {' or '.join(map(repr, FEATURES))}, found: {source.listed('')}"
+        )
+    return names[0]

@@ -1,0 +1,132 @@
+"""An open file of named elements, HDF5 or zarr: every element is checked before it is read.
+
+What a file may make us do is bounded here: no pickle, nothing outside the file, no memory that the file does not fill.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..slide import Patch
+from .checks import reading
+
+KINDS = "biufSUT"  # booleans, numbers and text of fixed or variable length: what numpy calls them
+DEEPEST, MOST = 32, 10_000  # of elements within one: a file whose links form a circle has no end
+
+
+class Parts(NamedTuple):
+    """What a file has of a slide."""
+
+    coords: npt.NDArray[Any]  # [N, 2]
+    features: npt.NDArray[Any]  # [N, F]
+    barcodes: npt.NDArray[Any] | None  # [N] or [N, 1]
+    patch: Patch | None = None
+
+
+class Source(ABC):
+    """Elements by key, such as "obs/_index"; "" is the whole file.
+
+    Every method raises InputError if the file is damaged, or holds what must not be read.
+    """
+
+    def __init__(self, path: Path, root: Any) -> None:
+        self.path, self.root = path, root
+
+    def names(self, key: str = "") -> list[str]:
+        """Names of the elements in a group; none where there is no group."""
+        with reading(self.path, _quoted(key)):
+            node = self._node(key)
+            return sorted(node) if node is not None and not self._is_array(node) else []
+
+    def attributes(self, key: str = "") -> dict[str, Any]:
+        """Attributes of an element."""
+        with reading(self.path, f"the attributes of {_quoted(key)}"):
+            node = self._node(key)
+            return {} if node is None else dict(node.attrs)
+
+    def shape(self, key: str) -> list[int] | None:
+        """Shape of an array or of a sparse matrix, None for anything else."""
+        with reading(self.path, _quoted(key)):
+            node = self._node(key)
+            shape = node.shape if node is not None and self._is_array(node) else self.attributes(key).get("shape")
+            return None if shape is None else [int(n) for n in shape]
+
+    def read(self, key: str) -> Any:
+        """Read an element as anndata reads it: an array, a sparse matrix, a table, ... or a whole AnnData."""
+        from anndata.io import read_elem
+
+        self._check_all(key)
+        with reading(self.path, _quoted(key)):
+            return read_elem(self._node(key))
+
+    def array(self, key: str) -> npt.NDArray[Any]:
+        """Read an array, whatever wrote it."""
+        with reading(self.path, _quoted(key)):
+            if not self._is_array(self._node(key)):
+                raise InputError(f"{self.path}: {_quoted(key)} is a group; expected a dataset")
+        self._check_all(key)
+        with reading(self.path, _quoted(key)):
+            return np.asarray(self._node(key)[()])
+
+    def listed(self, key: str) -> str:
+        """What a group holds, with shapes, for messages."""
+        names = {name: self.shape(f"{key}/{name}" if key else name) for name in self.names(key)}
+        return ", ".join(name if shape is None else f"{name} {shape}" for name, shape in names.items()) or "nothing"
+
+    def _check_all(self, key: str) -> None:
+        """Check every array and group that reading an element would touch."""
+        found = 0
+        waiting = [(key, 0)]
+        while waiting:
+            at, depth = waiting.pop()
+            found += 1
+            if depth > DEEPEST or found > MOST:
+                raise InputError(
+                    f"{self.path}: {_quoted(key)} has more than {MOST:,} elements or {DEEPEST} levels, as if its links "
+                    "form a circle; make the file anew"
+                )
+            with reading(self.path, _quoted(at)):
+                node = self._node(at)
+                if node is None:
+                    raise InputError(f"{self.path}: holds no {_quoted(at)}; it is damaged: make it anew")
+                if self._is_array(node):
+                    self._check_array(node, _quoted(at))
+                else:
+                    _check_sparse(self, at, node.attrs)
+                    waiting += [(f"{at}/{name}" if at else name, depth + 1) for name in node]
+
+    @abstractmethod
+    def _node(self, key: str) -> Any:
+        """The array or group of a key, or None."""
+
+    @abstractmethod
+    def _is_array(self, node: Any) -> bool: ...
+
+    @abstractmethod
+    def _check_array(self, node: Any, what: str) -> None:
+        """Raise InputError for what must not be read."""
+
+
+def _check_sparse(source: Source, key: str, attributes: Mapping[str, Any]) -> None:
+    """Refuse a sparse matrix that declares other rows than its `indptr` has: scipy makes room for all of them."""
+    encoding = attributes.get("encoding-type")
+    if encoding not in ("csr_matrix", "csc_matrix"):
+        return
+    shape, pointers = source.shape(key), source.shape(f"{key}/indptr")
+    along = encoding == "csc_matrix"
+    if shape is None or len(shape) != 2 or min(shape) < 0 or pointers != [shape[along] + 1]:
+        raise InputError(
+            f"{source.path}: {_quoted(key)} has the shape {shape} but an indptr of the shape {pointers}; "
+            "it is damaged: make it anew"
+        )
+
+
+def _quoted(key: str) -> str:
+    return repr(key) if key else "the file"

@@ -1,0 +1,126 @@
+"""SpatialData, zarr, as LazySlide writes it: a table of features whose rows are tiles among the shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InputError
+from ..vocabulary import nearest_names
+from .checks import check_size, reading
+from .elements import dense, read_names
+from .patches import patch_of_lazyslide
+from .sources import Parts
+from .zarrs import ZarrSource
+
+
+def is_spatialdata(source: ZarrSource) -> bool:
+    """Whether a store holds SpatialData."""
+    return "spatialdata_attrs" in source.attributes() or {"tables", "shapes"} <= set(source.names())
+
+
+def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
+    """Read a table of features that annotates tiles; rows are matched to tiles by their id.
+
+    Raises
+    ------
+    InputError
+        If there is no such table or there are several, or its rows are not among the tiles.
+    """
+    table = _table_name(source, features_key)
+    key = f"tables/{table}"
+    element, instance_key = _annotated(source, table)
+    rows = np.asarray(source.read(f"{key}/obs/{instance_key}"))
+    coords = _coords(source, element, instance_key, rows)
+    patch = patch_of_lazyslide(source.attributes().get("tile_spec"), element, source.path)
+    return Parts(coords, dense(source, f"{key}/X"), read_names(source, f"{key}/obs"), patch)
+
+
+def _table_name(source: ZarrSource, features_key: str | None) -> str:
+    tables = source.names("tables")
+    shapes = {name: source.shape(f"tables/{name}/X") for name in tables}
+    listed = ", ".join(f"{name} {shape or ''}".strip() for name, shape in shapes.items()) or "none"
+    if features_key is not None:
+        if features_key not in tables:
+            near = nearest_names(features_key, tables)
+            raise InputError(f"{source.path}: no table {features_key!r}{near}; its tables: {listed}")
+        return features_key
+    of_tiles = [name for name in tables if source.attributes(f"tables/{name}").get("region") in source.names("shapes")]
+    if len(of_tiles) != 1:
+        problem = "no table annotates" if not of_tiles else f"{len(of_tiles)} tables annotate"
+        raise InputError(
+            f"{source.path}: {problem} tiles or other shapes; say which has the features (features_key), its tables: "
+            f"{listed}"
+        )
+    return of_tiles[0]
+
+
+def _annotated(source: ZarrSource, table: str) -> tuple[str, str]:
+    """The one element that a table annotates, and the column of obs with its instances."""
+    found = source.read(f"tables/{table}/uns/spatialdata_attrs")
+    if not isinstance(found, dict) or not {"region", "region_key", "instance_key"} <= set(found):
+        raise InputError(f"{source.path}: the table {table!r} annotates nothing; give one of tiles")
+    regions = set(np.atleast_1d(np.asarray(found["region"], object)).tolist())
+    obs = source.names(f"tables/{table}/obs")
+    for column in (found["region_key"], found["instance_key"]):
+        if column not in obs:
+            raise InputError(f"{source.path}: the table {table!r} has no column {column!r}; make it anew")
+    regions |= set(np.asarray(source.read(f"tables/{table}/obs/{found['region_key']}"), object).tolist())
+    if len(regions) != 1 or (element := str(regions.pop())) not in source.names("shapes"):
+        raise InputError(
+            f"{source.path}: the table {table!r} annotates {found['region']!r}; give one that annotates one element of "
+            f"shapes: {', '.join(source.names('shapes')) or 'there is none'}"
+        )
+    return element, str(found["instance_key"])
+
+
+def _coords(source: ZarrSource, element: str, instance_key: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Coordinates of the rows of a table, [N, 2]: x and y of their tiles, or the corner of the outline."""
+    import pandas as pd
+
+    path, what = source.path, f"'shapes/{element}'"
+    tiles = _read_tiles(source, element, instance_key)
+    with reading(path, what):
+        ids = pd.Index(tiles.get(instance_key, tiles.index))
+        if not ids.is_unique:
+            raise InputError(f"{path}: {what} has one {instance_key} twice; make them distinct")
+        at = ids.get_indexer(pd.Index(rows))
+    if missing := rows[at < 0].tolist():
+        raise InputError(
+            f"{path}: {len(missing):,} of {len(rows):,} rows of the table are not in {what}, the first has the "
+            f"{instance_key} {missing[0]!r}; compute the features again"
+        )
+    with reading(path, what):
+        return np.asarray(_corners(tiles)[at])
+
+
+def _corners(tiles: Any) -> Any:
+    """x and y of tiles, [N, 2]."""
+    if {"x", "y"} <= set(tiles):
+        return tiles[["x", "y"]].to_numpy()
+    import shapely
+
+    return shapely.bounds(shapely.from_wkb(tiles["geometry"].to_numpy()))[:, :2]
+
+
+def _read_tiles(source: ZarrSource, element: str, instance_key: str) -> Any:
+    """The table of an element's shapes: its ids, and coordinates or outlines."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InputError(
+            f"{source.path}: reading SpatialData needs a package: pip install 'stpath-engine[spatialdata]'"
+        ) from error
+    name = f"shapes/{element}/shapes.parquet"
+    if name not in source.files.sizes:
+        raise InputError(f"{source.path}: no {name!r}; write it again with spatialdata 0.1 or newer")
+    with reading(source.path, repr(name)), source.files.open(name) as stream:
+        file = ParquetFile(stream)
+        columns = set(file.schema_arrow.names)
+        wanted = [instance_key, *(("x", "y") if {"x", "y"} <= columns else ("geometry",))]
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        declared = max(file.metadata.num_rows * 8 * len(wanted), sum(group.total_byte_size for group in groups))
+        check_size(source.path, repr(name), declared, len(groups), source.files.sizes[name])
+        return file.read([name for name in wanted if name in columns], use_pandas_metadata=True).to_pandas()

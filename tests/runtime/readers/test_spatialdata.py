@@ -1,0 +1,132 @@
+"""SpatialData as LazySlide writes it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readers_helpers import COORDS, FEATURES, TILE_SPEC, make_table, make_tiles, write_spatialdata
+
+from stpath_runtime import InputError, InputWarning, read_slide
+from stpath_runtime.slide import Patch
+
+ORDER = [3, 1, 4, 0, 2]
+
+
+@pytest.mark.parametrize("name", ["s.zarr", "s.zarr.zip"])
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_table_of_tiles(name, version, tmp_path):
+    tables = {"gigapath_tiles": make_table(ORDER, FEATURES[ORDER])}
+    slide = read_slide(write_spatialdata(tmp_path / name, tables, version=version), technology="visium")
+    assert slide.obs_names == [str(i) for i in ORDER]
+    np.testing.assert_array_equal(slide.features, FEATURES[ORDER])
+    np.testing.assert_array_equal(slide.coords, COORDS[ORDER])
+    assert slide.patch == Patch(224, 20, 448, 40)
+    assert slide.technology == "Visium"
+
+
+@settings(max_examples=5, deadline=None)
+@given(order=st.lists(st.integers(0, 4), min_size=1, unique=True), shuffled=st.permutations(range(5)))
+def test_rows_are_matched_by_id_and_not_by_order(order, shuffled, tmp_path_factory):
+    shapes = {"tiles": make_tiles(COORDS[shuffled], tile_id=np.array(shuffled))}
+    tables = {"gigapath_tiles": make_table(order, FEATURES[order])}
+    slide = read_slide(write_spatialdata(tmp_path_factory.mktemp("sd") / "s.zarr", tables, shapes))
+    np.testing.assert_array_equal(slide.coords, COORDS[order])
+    np.testing.assert_array_equal(slide.features, FEATURES[order])
+
+
+def test_shapes_without_x_and_y_have_corners(tmp_path):
+    path = write_spatialdata(tmp_path / "s.zarr", shapes={"tiles": make_tiles(x=None, y=None)})
+    np.testing.assert_array_equal(read_slide(path).coords, COORDS)
+
+
+def test_shapes_without_the_column_have_an_index(tmp_path):
+    tiles = make_tiles(tile_id=None)
+    tiles.index = np.array(ORDER)
+    path = write_spatialdata(tmp_path / "s.zarr", {"t": make_table(ORDER, instance_key="spot")}, {"tiles": tiles})
+    np.testing.assert_array_equal(read_slide(path).coords, COORDS)
+
+
+def test_several_tables(tmp_path):
+    tables = {"gigapath_tiles": make_table(range(5)), "uni_tiles": make_table(range(5), FEATURES[:, :3])}
+    path = write_spatialdata(tmp_path / "s.zarr", tables)
+    with pytest.raises(
+        InputError, match=r"2 tables annotate .*\(features_key\).*gigapath_tiles \[5, 8\], uni_tiles \[5, 3\]"
+    ):
+        read_slide(path)
+    assert read_slide(path, features_key="uni_tiles").features.shape == (5, 3)
+    with pytest.raises(InputError, match=r"no table 'uni_tile' \(did you mean uni_tiles"):
+        read_slide(path, features_key="uni_tile")
+
+
+@pytest.mark.filterwarnings("ignore:The table is annotating:UserWarning")
+def test_faults(tmp_path):
+    with pytest.raises(InputError, match=r"no table annotates tiles.*its tables: none"):
+        read_slide(write_spatialdata(tmp_path / "none.zarr", {}))
+    path = write_spatialdata(tmp_path / "strangers.zarr", {"t": make_table([0, 1, 2, 3, 9])})
+    with pytest.raises(
+        InputError, match=r"1 of 5 rows of the table are not in 'shapes/tiles', the first has the tile_id 9"
+    ):
+        read_slide(path)
+    path = write_spatialdata(tmp_path / "twice.zarr", shapes={"tiles": make_tiles(tile_id=np.array([0, 1, 2, 3, 3]))})
+    with pytest.raises(InputError, match="'shapes/tiles' has one tile_id twice"):
+        read_slide(path)
+    path = write_spatialdata(tmp_path / "lost.zarr")
+    (path / "shapes" / "tiles" / "shapes.parquet").unlink()
+    with pytest.raises(InputError, match="no 'shapes/tiles/shapes.parquet'"):
+        read_slide(path)
+    shutil.rmtree(path / "shapes" / "tiles")
+    with pytest.raises(
+        InputError, match="annotates 'tiles'; give one that annotates one element of shapes: there is none"
+    ):
+        read_slide(path, features_key="gigapath_tiles")
+    path = write_spatialdata(tmp_path / "damaged.zarr")
+    shapes = path / "shapes" / "tiles" / "shapes.parquet"
+    shapes.write_bytes(shapes.read_bytes()[:-20])
+    with pytest.raises(InputError, match="'shapes/tiles/shapes.parquet' cannot be read; it is truncated or damaged"):
+        read_slide(path)
+
+
+def test_without_the_extra(tmp_path, monkeypatch):
+    path = write_spatialdata(tmp_path / "s.zarr")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"s.zarr: .*pip install 'stpath-engine\[spatialdata\]'$"):
+        read_slide(path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "patch"),
+    [
+        ({"tiles": TILE_SPEC | {"base_downsample": None}}, Patch(224, 20)),
+        ({"tiles": TILE_SPEC | {"mpp": None}}, None),
+        ({"tissues": TILE_SPEC}, None),
+        (  # wsidata of old
+            {"tiles": {"height": 224, "width": 224, "raw_height": 448, "raw_width": 448, "level": 0, "mpp": 0.5}},
+            Patch(224, 20),
+        ),
+    ],
+)
+def test_tile_specs_that_tell_less(spec, patch, tmp_path):
+    assert read_slide(write_spatialdata(tmp_path / "s.zarr", attrs={"tile_spec": spec})).patch == patch
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ([1, 2], r"tile_spec of 'tiles' is \[1, 2\], not a table"),
+        ({"tiles": "224"}, "tile_spec of 'tiles' is '224'"),
+        ({"tiles": TILE_SPEC | {"mpp": 0}}, "mpp in tile_spec of 'tiles' is 0;"),
+        ({"tiles": TILE_SPEC | {"mpp": "half"}}, "mpp in tile_spec of 'tiles' is 'half'"),
+        ({"tiles": TILE_SPEC | {"mpp": float("nan")}}, "mpp in tile_spec of 'tiles' is (nan|'NaN')"),
+        ({"tiles": TILE_SPEC | {"width": 256}}, "is of 256 x 224 pixels, no square"),
+        ({"tiles": TILE_SPEC | {"width": 10**400}}, "width in tile_spec"),
+    ],
+)
+def test_nonsense_of_a_tile_spec_is_ignored_with_a_warning(spec, message, tmp_path):
+    path = write_spatialdata(tmp_path / "s.zarr", attrs={"tile_spec": spec})
+    with pytest.warns(InputWarning, match=message):
+        assert read_slide(path).patch is None
