@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TRITON := $(VENV)/triton
 
-.PHONY: demo demo-checkpoint test lint types bench setup clean
+.PHONY: demo demo-checkpoint test test-triton lint types bench setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
@@ -15,6 +16,10 @@ demo-checkpoint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered
+
+# Slides from a real Triton server.
+test-triton: $(TRITON)/.installed
+	$(BIN)/pytest -n 0 tests/triton_server
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -35,6 +40,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps --target $(VENV)/features timm torchvision
+	touch $@
+
+# nvidia-pytriton carries a Triton server without a GPU's needs, whose Python backend takes the system's Python 3.11 (it
+# links libpython3.11.so) and numpy < 2: an environment of its own, otherwise with the versions that the tests run with.
+$(TRITON)/.installed: $(INSTALLED)
+	/usr/bin/python3.11 -m venv $(TRITON)
+	grep -v -e ^numpy= -e ^zarr= constraints.txt > $(TRITON)/constraints.txt
+	$(TRITON)/bin/pip install -q -c $(TRITON)/constraints.txt 'numpy<2' nvidia-pytriton==0.7.0 \
+		'tritonclient[http,grpc]==2.73.0' -e '.[cpu]'
+	cd $(TRITON)/lib/python3.11/site-packages/pytriton/tritonserver && \
+		cp python_backend_stubs/3.11/triton_python_backend_stub backends/python
 	touch $@
 
 clean:

@@ -141,11 +141,11 @@ def _instance_group(device: str) -> str:
 
 
 def _warmup(n_features: int) -> str:
-    """A request that runs before the model is ready, so that no user's request loads the graphs: one block of zeros."""
+    """A request of one block of zeros that Triton runs before the model is ready, so that no user's is the first."""
     return "\n".join(
         [
             "model_warmup {",
-            '  name: "load_graphs"',
+            '  name: "first_request"',
             "  batch_size: 1",
             *(
                 f'  inputs {{ key: "{name}" value {{ data_type: {data_type} dims: {dims} {data} }} }}'

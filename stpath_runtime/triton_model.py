@@ -25,7 +25,7 @@ class TritonPythonModel:
     """Slides in, expression out; Triton asks for a class of this name."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load the engine beside this file, its hashes checked, on the device that config.pbtxt names.
+        """Load the engine beside this file, its hashes checked, and its graphs, on the device that config.pbtxt names.
 
         Raises
         ------
@@ -35,6 +35,9 @@ class TritonPythonModel:
         engine = Path(args["model_repository"], args["model_version"], "engine")
         on_gpu = args["model_instance_kind"] == "GPU"
         self.engine = Engine.load(engine, device=f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu")
+        # The warm-up would load the graphs, too; but a server whose warm-up fails may die without a word (2.51 does).
+        spot = Slide(np.zeros((1, 2)), np.zeros((1, self.engine.manifest.model.n_features), np.float32))
+        self.engine.decode(self.engine.embed(spot), self.engine.vocabulary.ensembl_ids[:1])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, with an error of one line where its input is at fault."""
