@@ -16,7 +16,7 @@ import pytest
 
 from stpath_runtime import Engine, InputError, Slide, triton
 from stpath_runtime.cli import main
-from stpath_runtime.encoder import NearestSpots
+from stpath_runtime.encoder import NearestSpots, Spots
 from stpath_runtime.manifest import Manifest
 from stpath_runtime.triton import write_model_repository
 
@@ -94,7 +94,7 @@ def test_fused_graph_gives_the_engines_numbers(engine, repository, slide, tmp_pa
         onnxruntime.InferenceSession(shutil.copytree(repository / name, tmp_path / name) / "1" / "model.onnx")
         for name in ("stpath_tokens", fused_name(engine))
     )
-    keys = engine.keys(slide)
+    keys = engine.keys([slide], Spots.of([slide], [None]), *engine.attention(None, None))
     spots = keys.spots(slice(0, keys.rows))
     coords = {"coords": slide.normalized_coords().astype(np.float32)}
     one_a_row, mask = np.ones((keys.rows, 1), np.float32), np.array([1])
