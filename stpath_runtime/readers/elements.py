@@ -45,14 +45,14 @@ def read_anndata(source: Source, features_key: str | None) -> Parts:
 
 
 def dense(source: Source, key: str) -> npt.NDArray[Any]:
-    """Read a matrix as an array, [N, F]; a sparse one only if it is filled as features are.
+    """Read a matrix as an array, [N, F]; a sparse one only if it is as filled as features are.
 
     Raises
     ------
     InputError
         If it is sparse, and hardly filled.
     """
-    found = source.read(key)
+    found = read_matrix(source, key)
     if not hasattr(found, "nnz"):
         return np.asarray(found)
     filled = found.nnz / max(found.shape[0] * found.shape[1], 1)
@@ -61,9 +61,22 @@ def dense(source: Source, key: str) -> npt.NDArray[Any]:
             f"{source.path}: {key!r} is sparse and {filled:.1%} filled, as counts are and features are not; "
             f"say which of obsm are the features (features_key), it holds: {source.listed('obsm')}"
         )
+    return np.asarray(found.toarray())
+
+
+def read_matrix(source: Source, key: str) -> Any:
+    """Read a matrix, [N, F], dense, sparse or a table; the indices of a sparse one are within it.
+
+    Raises
+    ------
+    InputError
+        If it is damaged.
+    """
+    found = source.read(key)
     with reading(source.path, repr(key)):
-        found.check_format(full_check=True)  # scipy trusts the indices of a file, and crashes
-        return np.asarray(found.toarray())
+        if hasattr(found, "check_format"):  # scipy trusts the indices of a file, and crashes
+            found.check_format(full_check=True)
+    return found
 
 
 def read_names(source: Source, table: str) -> npt.NDArray[Any]:

@@ -18,7 +18,7 @@ from ..slide import Patch
 from .checks import reading
 
 KINDS = "biufSUT"  # booleans, numbers and text of fixed or variable length: what numpy calls them
-DEEPEST, MOST = 32, 10_000  # of elements within one: a file whose links form a circle has no end
+DEEPEST, MOST = 32, 2_000  # of elements within one: a file whose links form a circle has no end
 
 
 class Parts(NamedTuple):
@@ -74,6 +74,15 @@ class Source(ABC):
         self._check_all(key)
         with reading(self.path, _quoted(key)):
             return np.asarray(self._node(key)[()])
+
+    def lazy(self, key: str) -> Any:
+        """An array of the file, checked and not read yet; None where there is none."""
+        with reading(self.path, _quoted(key)):
+            node = self._node(key)
+            if node is None or not self._is_array(node):
+                return None
+            self._check_array(node, _quoted(key))
+            return node
 
     def listed(self, key: str) -> str:
         """What a group holds, with shapes, for messages."""

@@ -97,7 +97,7 @@ def _coords(source: ZarrSource, element: str, instance_key: str, rows: npt.NDArr
 
 
 def _corners(tiles: Any) -> Any:
-    """x and y of tiles, [N, 2]."""
+    """X and y of tiles, [N, 2]."""
     if {"x", "y"} <= set(tiles):
         return tiles[["x", "y"]].to_numpy()
     import shapely

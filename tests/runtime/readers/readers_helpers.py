@@ -17,6 +17,8 @@ from shapely import box
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 
+from stpath_runtime.readers import open_prediction
+
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((5, 8)).astype(np.float32)
 COORDS = np.array([[0, 512], [512, 0], [1024, 512], [512, 1024], [2048, 256]])
@@ -136,3 +138,47 @@ def write_spatialdata(path: Path, tables=None, shapes=None, attrs=None, version:
     if path.suffix == ".zip":
         shutil.make_archive(str(folder), "zip", folder)
     return path
+
+
+HUGE = 2**40
+
+
+def _virtual(group: h5py.Group, name: str) -> None:
+    layout = h5py.VirtualLayout(FEATURES.shape, FEATURES.dtype)
+    layout[:] = h5py.VirtualSource("other.h5", "features", FEATURES.shape)
+    group.create_virtual_dataset(name, layout)
+
+
+def _through(group: h5py.Group, name: str) -> None:
+    group.file["away"] = h5py.ExternalLink("other.h5", "/")
+    group[name] = h5py.SoftLink("/away/features")
+
+
+def _circle(group: h5py.Group, name: str) -> None:
+    inner = group.create_group(name)
+    inner["again"] = inner
+
+
+HDF5_FAULTS = {  # name -> put it into a group under a name
+    "external link": lambda group, name: group.__setitem__(name, h5py.ExternalLink("other.h5", "/features")),
+    "soft link through an external one": _through,
+    "external storage": lambda group, name: group.create_dataset(name, (5, 8), "f4", external=[("other", 0, 160)]),
+    "virtual": _virtual,
+    "huge, in chunks": lambda group, name: group.create_dataset(name, (HUGE, 8), "f4", chunks=(1024, 8)),
+    "huge": lambda group, name: group.create_dataset(name, (2**26, 8), "f4"),
+    "many chunks": lambda group, name: group.create_dataset(name, (2**24,), "u1", chunks=(1,)),
+    "huge chunks": lambda group, name: group.create_dataset(name, (5, 8), "f4", chunks=(2**27, 7), maxshape=(None, 8)),
+    "compound": lambda group, name: group.create_dataset(name, data=np.zeros(5, [("a", "f4")])),
+    "opaque": lambda group, name: group.create_dataset(name, data=np.zeros(5, "V8")),
+    "ragged": lambda group, name: group.create_dataset(name, (5,), h5py.vlen_dtype(np.float32)),
+    "references": lambda group, name: group.create_dataset(name, (5,), h5py.ref_dtype),
+    "circle": _circle,
+    "nowhere": lambda group, name: group.__setitem__(name, h5py.SoftLink("/nowhere")),
+}
+
+
+def read_prediction(path):
+    """All of a prediction, X too."""
+    with open_prediction(path) as (adata, x):
+        adata.X = x[:]
+    return adata
