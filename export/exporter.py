@@ -22,7 +22,7 @@ from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest, sha256
 from stpath_runtime.output import require_writable
 from stpath_runtime.progress import OnTile
 from stpath_runtime.vocabulary import GeneVocabulary
-from stpath_train.checkpoint import load_checkpoint
+from stpath_train.checkpoint import load_checkpoint, require_genes
 from stpath_train.model import STPath
 
 from .proof import Report, prove, require_passed
@@ -91,6 +91,7 @@ def export_engine(
     require_writable(out)
     model = load_checkpoint(checkpoint)
     vocabulary = read_vocabulary(genes, model, str(checkpoint))
+    require_genes(checkpoint, vocabulary, str(genes or "the published vocabulary"))
     source = {"name": checkpoint.name, "sha256": sha256(checkpoint)}
     with published_whole(out) as directory:
         manifest = write_engine(model, vocabulary, directory, precision, source, on_step)

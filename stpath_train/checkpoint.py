@@ -1,11 +1,13 @@
 """Checkpoints: a plain state_dict, in PyTorch's format or safetensors. Nothing is ever unpickled freely.
 
-How a model was trained to attend shows in no weight: a safetensors file says it in its metadata (`attention` "knn" and
-`neighbors`); a file that says nothing, as the published one, is of a model that attends globally.
+How a model was trained to attend, and which genes its tokens are, shows in no weight: a safetensors file says it in its
+metadata (`attention` "knn" and `neighbors`; `genes`, a hash). A file that says nothing, as the published one, is of a
+model that attends globally; its genes are taken to be those that it is used with.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ from torch import Tensor
 from stpath_runtime.errors import InputError
 from stpath_runtime.manifest import ATTENTIONS, ModelConfig
 from stpath_runtime.output import written_whole
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES
+from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 
 from .model import STPath
 
@@ -43,14 +45,39 @@ def load_checkpoint(path: str | Path) -> STPath:
     return model.requires_grad_(False).eval()
 
 
-def save_checkpoint(model: STPath, path: str | Path) -> None:
-    """Write a model's weights, and how it attends, as safetensors."""
+def save_checkpoint(model: STPath, path: str | Path, vocabulary: GeneVocabulary | None = None) -> None:
+    """Write a model's weights, how it attends and, where they are given, which genes it knows, as safetensors."""
     from safetensors.torch import save
 
     metadata = {"attention": model.config.attention, "neighbors": str(model.config.neighbors)}
+    if vocabulary is not None:
+        metadata["genes"] = genes_hash(vocabulary)
     with written_whole(Path(path)) as partial:
         # Not save_file: what it writes, no one else may read.
         partial.write_bytes(save({key: value.contiguous() for key, value in model.state_dict().items()}, metadata))
+
+
+def require_genes(path: str | Path, vocabulary: GeneVocabulary, whose: str) -> None:
+    """Check that a checkpoint is of the genes of a vocabulary, where it says which its genes are.
+
+    Raises
+    ------
+    InputError
+        If they are others, as many as they may be.
+    """
+    from safetensors import safe_open
+
+    if Path(path).suffix != ".safetensors":
+        return
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get("genes")
+    if said is not None and said != genes_hash(vocabulary):
+        raise InputError(f"{path}: trained on other genes than those of {whose}; give those that it was trained on")
+
+
+def genes_hash(vocabulary: GeneVocabulary) -> str:
+    """SHA-256 of the genes of a vocabulary, in the order of their tokens."""
+    return hashlib.sha256("\n".join(vocabulary.ensembl_ids).encode()).hexdigest()
 
 
 def config_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], name: str = "checkpoint") -> ModelConfig:

@@ -112,8 +112,8 @@ def train(
 ) -> None:
     """Train a model by masked gene modelling, or go on with a run that was stopped."""
     require(TRAIN, "train")
-    from .config import as_yaml, read_config
     from .config import example as example_config
+    from .config import read_config
 
     if example:
         typer.echo(example_config(), nl=False)
@@ -121,14 +121,13 @@ def train(
     if config is None:
         raise InputError("stpath train: give a config file; stpath train --example > config.yaml writes one")
     found = read_config(config)
-    typer.echo(as_yaml(found))
     try:
         from .training import train as run
     except RuntimeError as error:  # torchmetrics, which Lightning loads, loads torchvision where it is there
         raise InputError(
             f"Lightning cannot be loaded ({error}); install torch and torchvision of one build, or no torchvision"
         ) from error
-    typer.echo(f"{run(found)}: trained; stpath export takes it")
+    run(found)
 
 
 def evaluate(

@@ -4,6 +4,7 @@ A run is a folder:
 
     RUN/
       config.yaml          every choice
+      store.json           the slides and genes that it is trained on
       history.csv          a row an epoch: losses, learning rate, seconds
       loss.png             its curves
       checkpoints/         what a run goes on from: the last two epochs, and the best by validation loss
@@ -12,11 +13,14 @@ A run is a folder:
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,17 +38,18 @@ from stpath_runtime.manifest import ModelConfig
 from stpath_runtime.output import written_whole
 from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import genes_hash, load_checkpoint, require_genes, save_checkpoint
 from .config import TrainConfig, as_yaml, differences, read_config
 from .model import STPath
-from .store import Store
-from .windows import Batch, DrawSampler, Windows, collate
+from .store import Store, open_slide
+from .windows import Batch, DrawSampler, Windows, collate, require_windows
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CONFIG, HISTORY, CURVES, CHECKPOINTS, MODEL = (
+CONFIG, STORE, HISTORY, CURVES, CHECKPOINTS, MODEL = (
     "config.yaml",
+    "store.json",
     "history.csv",
     "loss.png",
     "checkpoints",
@@ -184,14 +189,26 @@ class History(Callback):
                 print(f"epoch {row['epoch']}: {shown}, {row['seconds']:.1f} s", flush=True)  # noqa: T201
 
 
+class Stopping(EarlyStopping):
+    """Early stopping, also of a run that goes on: by its own patience, and at once where it had stopped already."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint, but not the patience that it was written with."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop a run that had stopped."""
+        trainer.should_stop = self.wait_count >= self.patience
+
+
 def train(config: TrainConfig) -> Path:
     """Train, or go on with the run of the same config that is in `config.run.out`; returns the model's file.
 
     Raises
     ------
     InputError
-        If the store, a slide or the checkpoint does not fit the config, the run's folder holds another run, or the
-        device is not there.
+        If the store, a slide or the checkpoint does not fit the config, the run's folder holds another run, the device
+        is not there, memory is short, or the loss is no number.
     """
     run = config.run
     store = Store.open(config.data.store)
@@ -202,7 +219,8 @@ def train(config: TrainConfig) -> Path:
     slides = Slides(store, config)
     trainer = _trainer(config)
     if trainer.is_global_zero:
-        _claim(config)
+        _claim(config, store)
+        print(as_yaml(config), flush=True)  # noqa: T201
     last = _last_checkpoint(run.out)
     if last is not None and trainer.is_global_zero:
         print(f"going on with {last}", flush=True)  # noqa: T201
@@ -210,19 +228,41 @@ def train(config: TrainConfig) -> Path:
     with warnings.catch_warnings():
         for known in ("does not have many workers", "Total length of", "exists and is not empty", "LeafSpec"):
             warnings.filterwarnings("ignore", f".*{known}.*")
-        try:
+        with _faults_named(trainer):
             trainer.fit(module, slides, ckpt_path=last, weights_only=True)
-        except SystemExit:  # as Lightning turns Ctrl-C into
-            if trainer.interrupted:
-                raise KeyboardInterrupt from None
-            raise
     if trainer.is_global_zero:
         best = _best(trainer)
         if best:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             module.load_state_dict(state)
-        save_checkpoint(module.model, run.out / MODEL)
+        save_checkpoint(module.model, run.out / MODEL, store.vocabulary)
+        print(f"{run.out / MODEL}: trained; stpath export takes it", flush=True)  # noqa: T201
     return run.out / MODEL
+
+
+@contextmanager
+def _faults_named(trainer: L.Trainer) -> Iterator[None]:
+    """Say in a line what ended a run, and what to do."""
+    try:
+        yield
+    except SystemExit:  # as Lightning turns Ctrl-C into
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+    except InputError as error:  # of a process that loads windows PyTorch gives the traceback, and then the fault
+        raise InputError(str(error).rpartition("InputError: ")[2]) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "the GPU has not enough memory; lower run.batch (and raise run.accumulate), or the most of data.spots, in "
+            "a new run.out"
+        ) from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "a process that loads windows was killed, as where memory is short; run again with fewer data.workers, it "
+            "goes on"
+        ) from error
 
 
 def write_history(rows: list[dict[str, float]], folder: Path) -> None:
@@ -241,10 +281,12 @@ def _plot(table: pd.DataFrame, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(table["epoch"], table["loss"], label="training")
+    marker = "o" if len(table) == 1 else ""  # a line of one point cannot be seen
+    axes.plot(table["epoch"], table["loss"], marker=marker, label="training")
     if "validation_loss" in table:
-        axes.plot(table["epoch"], table["validation_loss"], label="validation")
+        axes.plot(table["epoch"], table["validation_loss"], marker=marker, label="validation")
     axes.set(xlabel="epoch", ylabel="mean squared error on masked spots\n(log1p of raw counts)")
+    axes.locator_params("x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, format="png", dpi=150)
@@ -266,6 +308,7 @@ def _check_slides(store: Store, config: TrainConfig) -> None:
     for slide in chosen:
         if store.records[slide].counts == "log1p" and data.counts == "raw":
             raise InputError(f"slide {slide}: its counts are log-transformed already; set data.counts to log1p")
+        require_windows(open_slide(store, slide), config.masking)
 
 
 def _model(store: Store, config: TrainConfig) -> STPath:
@@ -299,6 +342,7 @@ def _model(store: Store, config: TrainConfig) -> STPath:
     ):
         if found != needed:
             raise InputError(f"{wanted.checkpoint}: a model of {needed:,} {what}; those of {store.path} are {found:,}")
+    require_genes(wanted.checkpoint, store.vocabulary, str(store.path))
     model.config = replace(model.config, attention=wanted.attention, neighbors=wanted.neighbors)
     return model
 
@@ -314,9 +358,8 @@ def _trainer(config: TrainConfig) -> L.Trainer:
         callbacks.append(keep("best-{epoch}", monitor="validation_loss"))
     callbacks.append(keep("last-{epoch}", monitor="epoch", mode="max", save_top_k=KEPT))
     if run.early_stopping is not None:
-        callbacks.append(EarlyStopping("validation_loss", patience=run.early_stopping, check_on_train_epoch_end=True))
-    if run.accelerator == "gpu" and not torch.cuda.is_available():
-        raise InputError("run.accelerator: gpu, but PyTorch finds no GPU; set it to cpu, or install a build for CUDA")
+        callbacks.append(Stopping("validation_loss", patience=run.early_stopping, check_on_train_epoch_end=True))
+    _require_gpus(config)
     interactive = Console(stderr=True).is_terminal
     if interactive:
         from lightning.pytorch.callbacks import RichProgressBar
@@ -342,6 +385,14 @@ def _trainer(config: TrainConfig) -> L.Trainer:
     )
 
 
+def _require_gpus(config: TrainConfig) -> None:
+    run, gpus = config.run, torch.cuda.device_count()
+    if run.accelerator == "gpu" and gpus == 0:
+        raise InputError("run.accelerator: gpu, but PyTorch finds no GPU; set it to cpu, or install a build for CUDA")
+    if run.accelerator != "cpu" and 0 < gpus < run.devices:
+        raise InputError(f"run.devices: {run.devices}, but PyTorch finds {gpus} GPUs; set it to {gpus} or fewer")
+
+
 def _logger(config: TrainConfig) -> Any:
     run = config.run
     if run.logger == "none":
@@ -359,17 +410,27 @@ def _logger(config: TrainConfig) -> Any:
     return WandbLogger(name=run.out.name, save_dir=run.out, config=config.model_dump(mode="json"))
 
 
-def _claim(config: TrainConfig) -> None:
-    """Write the config into the run's folder, where no other run is."""
+def _claim(config: TrainConfig, store: Store) -> None:
+    """Write the config, and what the store holds, into the run's folder, where no other run is."""
     out = config.run.out
+    chosen = config.data.slides if config.data.slides is not None else sorted(store.records)
+    held = {"slides": chosen, "features": store.n_features, "genes": genes_hash(store.vocabulary)}
     if (out / CONFIG).exists():
         if changed := differences(read_config(out / CONFIG), config):
             raise InputError(f"{out}: a run with another config ({'; '.join(changed)}); choose another run.out")
     elif out.exists() and (not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())):
         raise InputError(f"{out}: exists and is no run of stpath; choose another run.out")
+    if (out / STORE).exists():
+        began_with = json.loads((out / STORE).read_text())
+        if changed := [name for name in held if held[name] != began_with[name]]:
+            raise InputError(
+                f"{store.path}: its {' and '.join(changed)} are no longer those that the run in {out} began with (see "
+                f"{STORE} there); choose another run.out"
+            )
     out.mkdir(parents=True, exist_ok=True)
-    with written_whole(out / CONFIG) as partial:
-        partial.write_text(as_yaml(config))
+    for name, text in ((CONFIG, as_yaml(config)), (STORE, json.dumps(held, indent=1))):
+        with written_whole(out / name) as partial:
+            partial.write_text(text)
 
 
 def _last_checkpoint(out: Path) -> Path | None:

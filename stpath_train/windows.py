@@ -113,6 +113,18 @@ def nearest_spots(coords: npt.NDArray[np.float32], centre: int, n: int) -> Ints:
     return np.sort(np.argpartition(distance, n - 1)[:n])
 
 
+def require_windows(slide: StoredSlide, masking: Masking) -> None:
+    """Raise InputError where a window of a slide would be empty: of fewer than two spots, or asked for no gene."""
+    name = slide.record.slide
+    if len(slide) < 2:
+        raise InputError(f"slide {name}: {len(slide)} spots, and a window has two or more; leave it out (data.slides)")
+    if masking.highly_variable > 0 and not slide.highly_variable.any():
+        raise InputError(
+            f"slide {name}: none of its genes is marked as highly variable; leave it out (data.slides), prepare it "
+            "again, or set masking.highly_variable to 0"
+        )
+
+
 def masked_window(slide: StoredSlide, spots: Ints, masking: Masking, rng: np.random.Generator) -> Window:
     """Mask a window.
 
@@ -122,22 +134,12 @@ def masked_window(slide: StoredSlide, spots: Ints, masking: Masking, rng: np.ran
         [n] positions in the slide, ascending.
     rng
         Decides what is masked.
-
-    Raises
-    ------
-    InputError
-        If the slide has no highly variable gene and is asked for them.
     """
     n = len(spots)
     features, log_counts = slide.read(spots)
     asked = np.arange(len(slide.tokens))
     if rng.random() < masking.highly_variable:
         asked = np.flatnonzero(slide.highly_variable)
-        if len(asked) == 0:
-            raise InputError(
-                f"slide {slide.record.slide}: none of its genes is marked as highly variable; prepare it again, or set "
-                "masking.highly_variable to 0"
-            )
     masked = rng.permutation(n)[: max(1, int(rng.beta(*masking.ratio) * n))]
     whole, part = np.split(masked, [int(masking.whole * len(masked))])
     lost = rng.permutation(asked)[: int(masking.genes_lost * len(asked))]

@@ -75,6 +75,8 @@ def open_predictor(engine: Path | None, checkpoint: Path | None, store: Store) -
     """
     if (engine is None) == (checkpoint is None):
         raise InputError("give one model to evaluate: --engine ENGINE or --checkpoint CKPT")
+    from stpath_train.checkpoint import require_genes
+
     if engine is not None:
         loaded = Engine.load(engine)
         store.require_vocabulary(loaded.vocabulary, str(engine))
@@ -90,6 +92,7 @@ def open_predictor(engine: Path | None, checkpoint: Path | None, store: Store) -
             f"{checkpoint}: a model of {config.n_tokens:,} gene tokens; the vocabulary of {store.path} has "
             f"{store.vocabulary.n_tokens:,}; give the store that the model was trained on, or one prepared as it was"
         )
+    require_genes(checkpoint, store.vocabulary, str(store.path))
     _require_features(config, store, checkpoint)
     return model, {
         "path": str(checkpoint), "checkpoint": sha256(checkpoint), **_attention(config), "precision": "fp32"

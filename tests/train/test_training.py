@@ -14,11 +14,13 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import a_store, made_up_vocabulary, relative_l2
+from helpers import a_store, an_adata, made_up_vocabulary, relative_l2
 from stpath_runtime.errors import InputError
+from stpath_runtime.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
 from stpath_train.config import Data, Masking, TrainConfig
 from stpath_train.literal import literal_forward
+from stpath_train.store import Record, Store
 from stpath_train.training import MaskedGeneModelling, masked_loss, train
 from stpath_train.windows import Windows, collate
 
@@ -171,6 +173,17 @@ def test_early_stopping_ends_a_run(configured):
     assert len(run(path)[0]) < 50
 
 
+def test_a_run_that_stopped_early_stays_so_until_it_is_given_more_patience(configured):
+    def patient(epochs: int) -> int:
+        path = configured(run=f"epochs: 50, early_stopping: {epochs}", data="validation: [S3]")
+        path.write_text(path.read_text().replace("learning_rate: 3e-3", "learning_rate: 1.0"))
+        return len(run(path)[0])
+
+    first = patient(1)
+    assert patient(1) == first < 50
+    assert patient(3) >= first + 2
+
+
 def test_a_loss_that_is_no_number_ends_the_run_without_a_checkpoint(configured, tmp_path):
     path = configured(run="epochs: 5", data="slides: [S0, S1]")
     path.write_text(path.read_text().replace("learning_rate: 3e-3", "learning_rate: 1e38, clip: 0"))
@@ -196,6 +209,93 @@ def test_the_command_prints_and_keeps_every_choice(configured, tmp_path, capsys)
     assert "warmup_steps: 100  # steps in which" in capsys.readouterr().out
     assert main(["train"]) == 2
     assert main(["train", "nowhere.yaml"]) == 2
+
+
+def test_a_fault_of_a_loading_process_is_one_line_and_the_run_goes_on(configured, tmp_path, monkeypatch, capfd):
+    from stpath_runtime.cli import main
+    from stpath_train import windows
+
+    path = configured(run="epochs: 2")
+    path.write_text(path.read_text().replace("workers: 0", "workers: 1"))
+    read = windows.nearest_spots
+    for fault, message in (
+        (InputError("slide S0: damaged"), "error: slide S0: damaged"),
+        (None, "error: a process that loads windows was killed, as where memory is short; run again with fewer data."),
+    ):
+
+        def fail(*_, fault=fault):
+            if fault is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise fault
+
+        monkeypatch.setattr(windows, "nearest_spots", fail)
+        assert main(["train", str(path)]) == 2
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+        assert line.startswith(message)
+    monkeypatch.setattr(windows, "nearest_spots", read)
+    assert main(["train", str(path)]) == 0
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("gpus", "how", "message"),
+    [
+        (0, "accelerator: gpu", "run.accelerator: gpu, but PyTorch finds no GPU; set it to cpu"),
+        (2, "accelerator: auto, devices: 3", "run.devices: 3, but PyTorch finds 2 GPUs; set it to 2 or fewer"),
+    ],
+)
+def test_gpus_that_are_not_there_are_named(configured, monkeypatch, gpus, how, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    path = configured(run="epochs: 1")
+    path.write_text(path.read_text().replace("accelerator: cpu", how))
+    with pytest.raises(InputError, match=message):
+        run(path)
+
+
+def test_memory_that_is_short_is_named(configured, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("stpath_train.training.masked_loss", fail)
+    with pytest.raises(InputError, match="the GPU has not enough memory; lower run.batch"):
+        run(configured(run="epochs: 1"))
+
+
+def test_a_store_that_changed_is_not_gone_on_with(tmp_path, configured, store):
+    changing = a_store(tmp_path / "changing")
+    path = configured(run="epochs: 1")
+    path.write_text(path.read_text().replace(str(store.path), str(changing.path)))
+    run(path)
+    changing.add(Record("new", "Breast", "Visium"), an_adata(changing.vocabulary))
+    with pytest.raises(InputError, match="its slides are no longer those that the run in .* began with"):
+        run(path)
+
+
+@pytest.fixture
+def of_other_genes(tmp_path):
+    """A store of as many genes and features as the others, of which none has the same token."""
+    known = made_up_vocabulary(41)
+    vocabulary = GeneVocabulary(known.ensembl_ids[1:], known.symbols[1:], known.aliases[1:])
+    other = Store.create(tmp_path / "other", vocabulary)
+    other.add(Record("S0", "Breast", "Visium"), an_adata(vocabulary))
+    return other
+
+
+def test_a_checkpoint_knows_its_genes(configured, store, of_other_genes, tmp_path):
+    from stpath_export.exporter import export_engine
+    from stpath_train.evaluation.predictor import open_predictor
+
+    run(configured(run="epochs: 1"))
+    trained = tmp_path / "run" / "model.safetensors"
+    open_predictor(None, trained, store)
+    with pytest.raises(InputError, match="model.safetensors: trained on other genes than those of .*other"):
+        open_predictor(None, trained, of_other_genes)
+    with pytest.raises(InputError, match="trained on other genes"):
+        export_engine(trained, tmp_path / "engine", of_other_genes.path / "genes.tsv.gz")
+    path = configured("tuned", f"checkpoint: {trained}")
+    path.write_text(path.read_text().replace(str(store.path), str(of_other_genes.path)))
+    with pytest.raises(InputError, match="trained on other genes"):
+        run(path)
 
 
 def test_fine_tuning_is_one_line(configured, store, tmp_path):

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import a_store
+from helpers import a_store, an_adata
 from stpath_runtime.errors import InputError
 from stpath_train.config import Data, Masking
-from stpath_train.store import open_slide
-from stpath_train.windows import DrawSampler, Windows, collate, masked_window, nearest_spots
+from stpath_train.store import Record, open_slide
+from stpath_train.windows import DrawSampler, Windows, collate, masked_window, nearest_spots, require_windows
 
 
 @pytest.fixture(scope="module")
@@ -128,9 +128,13 @@ def test_a_batch_is_its_windows_one_after_another(store, neighbors):
     assert (batch.blocks is not None) == (neighbors > 0)
 
 
-def test_a_slide_without_highly_variable_genes_is_refused(tmp_path):
+def test_a_slide_whose_windows_would_be_empty_is_refused(tmp_path):
     store = a_store(tmp_path / "store", slides=1)
+    store.add(Record("ONE", "Breast", ""), an_adata(store.vocabulary)[:1].copy())
+    with pytest.raises(InputError, match="ONE: 1 spots, and a window has two or more"):
+        require_windows(open_slide(store, "ONE"), Masking())
     slide = open_slide(store, "S0")
     slide.highly_variable[:] = False
     with pytest.raises(InputError, match="S0: none of its genes is marked as highly variable"):
-        masked_window(slide, np.arange(9), Masking(highly_variable=1), np.random.default_rng(0))
+        require_windows(slide, Masking(highly_variable=0.1))
+    require_windows(slide, Masking(highly_variable=0))
