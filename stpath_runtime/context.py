@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import InputError, InputWarning
+from .names import listed_names
 from .slide import Slide, text
 from .vocabulary import GeneVocabulary
 
@@ -185,3 +189,81 @@ def _merge_by_maximum(counts: csr_matrix, tokens: npt.NDArray[np.int64]) -> tupl
     last = np.append((row[1:] != row[:-1]) | (col[1:] != col[:-1]), True)[: len(row)]
     shape = (counts.shape[0], len(distinct))
     return distinct, csr_matrix((value[last], (row[last], col[last])), shape=shape, dtype=np.float32)
+
+
+def choose_spots(context: Context, slide: Slide, which: str) -> Context:
+    """The part of a context file, by barcodes, that is to be the context.
+
+    Parameters
+    ----------
+    which
+        "5%": by the published rule, that share of the slide's spots, those farthest from the rightmost one; barcodes
+        "A,B,C", or a .txt (one a line) or .json file of them; or a .csv file with the columns barcode and context (1 or
+        0, true or false), a row a spot.
+
+    Raises
+    ------
+    InputError
+        If it is none of these, names a spot that has no counts, or chooses none.
+    """
+    name = f"context of {slide.name}"
+    row = {barcode: i for i, barcode in enumerate(context.ids)}
+    if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", which.strip()):
+        masked = masked_spots(slide.coords, 1 - _fraction(share[1]))
+        others = np.setdiff1d(np.arange(len(slide)), masked)
+        wanted = [slide.obs_names[spot] for spot in others]
+        known = [barcode for barcode in wanted if barcode in row]
+        if len(known) < len(wanted):
+            told = (
+                f"{name}: {len(wanted) - len(known):,} of the {len(wanted):,} spots that {which} choose have no counts"
+            )
+            warnings.warn(told, InputWarning, stacklevel=3)
+    else:
+        known = _mask(Path(which)) if which.endswith(".csv") else listed_names(which, "--context-spots", "barcode")
+        if missing := [barcode for barcode in known if barcode not in row]:
+            raise InputError(
+                f"--context-spots {which}: {len(missing):,} of {len(known):,} barcodes have no counts, the first is "
+                f"{missing[0]!r}"
+            )
+    if not known:
+        raise InputError(
+            f"{name}: --context-spots {which} chooses no spot that has counts; choose others or leave it out"
+        )
+    return Context(known, as_csr(context.counts, name)[[row[barcode] for barcode in known]], context.genes)
+
+
+def masked_spots(coords: npt.NDArray[Any], masked: float) -> npt.NDArray[np.int64]:
+    """The masked spots of a slide, ascending: the int(N * masked) nearest to the rightmost spot, itself among them.
+
+    As published (STPath's README and `PatchSampler.sample_nearest_patch`): the first spot of the largest x, and a
+    KDTree on the coordinates [N, 2]. Of several rightmost spots the first in the file's order, which may not be that of
+    the published files.
+    """
+    from scipy.spatial import KDTree
+
+    rightmost = coords[np.argmax(coords[:, 0])]
+    _, nearest = KDTree(coords).query(rightmost, k=[*range(1, int(len(coords) * masked) + 1)])
+    return np.sort(np.asarray(nearest, np.int64))
+
+
+def _fraction(percent: str) -> float:
+    share = float(percent) / 100
+    if not 0 < share < 1:
+        raise InputError(f"--context-spots {percent}%: give a share above 0% and below 100%")
+    return share
+
+
+def _mask(path: Path) -> list[str]:
+    """The barcodes that a mask file marks as context."""
+    if not path.is_file():
+        raise InputError(f"--context-spots {path}: no such file")
+    truth = {"1": True, "true": True, "0": False, "false": False}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        return [row["barcode"] for row in rows if truth[row["context"].strip().lower()]]
+    except (KeyError, AttributeError, ValueError, csv.Error) as error:
+        raise InputError(
+            f"--context-spots {path}: no mask ({type(error).__name__}: {error}); give a .csv with the columns barcode "
+            "and context, which is 1 or 0"
+        ) from error

@@ -32,7 +32,7 @@ def require_matplotlib() -> None:
         raise InputError("plots need matplotlib; run: pip install 'stpath-engine[plot]'")
 
 
-def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = "") -> None:
+def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = "", x: Any = None) -> None:
     """Draw a map of each gene of a prediction, and write it as PNG.
 
     Parameters
@@ -41,6 +41,8 @@ def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = ""
         As `Engine.predict` returns it: X, `obsm["spatial"]`, var_names and `var["gene_ids"]`.
     genes
         Names among var_names or `var["gene_ids"]`.
+    x
+        [N, G], what stands for X where that is not in memory.
 
     Raises
     ------
@@ -58,7 +60,8 @@ def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = ""
             f"gene {missing[0]!r} is not in the prediction{nearest_names(missing[0], columns)}, which has "
             f"{adata.n_vars:,} genes ({shown}, ...); predict it first"
         )
-    values = {gene: _dense(adata.X[:, columns[gene]]) for gene in genes}
+    x = adata.X if x is None else x
+    values = {gene: _dense(x[:, columns[gene]]) for gene in genes}
     draw_maps(np.asarray(adata.obsm["spatial"]), values, path, title)
 
 

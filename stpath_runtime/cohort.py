@@ -1,0 +1,237 @@
+"""A cohort: its slides, by a manifest or a folder, and the run that goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, InputWarning
+from .output import Format, remove, require_spatialdata, require_writable
+from .pipeline import Job, Outcome, Settings, Watch, run_jobs
+from .progress import cohort_progress
+from .remote import fetched, is_url, join, sent
+from .targets import slide_name
+from .vocabulary import nearest_names, organ_token, technology_token
+
+COLUMNS = ("slide", "organ", "technology", "context")
+ENDINGS = (".h5", ".hdf5", ".h5ad", ".zarr", ".zarr.zip")  # of what is taken from a folder
+FAILURES, SUMMARY, LOCK = "failures.csv", "summary.csv", ".stpath.lock"
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A run in numbers."""
+
+    done: int
+    skipped: int
+    failed: int
+    spots: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = f", {self.spots / self.seconds:,.0f} spots/s" if self.spots and self.seconds else ""
+        return (
+            f"{self.done:,} done ({self.spots:,} spots in {self.seconds:,.1f} s{rate}), {self.skipped:,} skipped, "
+            f"{self.failed:,} failed"
+        )
+
+
+def read_cohort(
+    source: str, out: str, form: Format, organ: str | None = None, technology: str | None = None
+) -> list[Job]:
+    """The slides of a manifest (.csv) or a folder, and where each result goes.
+
+    Parameters
+    ----------
+    source
+        A .csv with a column `slide`, a path (a relative one from the manifest's folder) or URL, and, as need be,
+        `organ`, `technology` and `context`; or a folder, of which every .h5, .h5ad, .zarr and .zarr.zip is a slide.
+    out
+        Folder or URL of the results, each named after its slide.
+    organ, technology
+        Of slides for which the manifest says nothing.
+
+    Raises
+    ------
+    InputError
+        If the manifest cannot be read, names no slide, an unknown organ or technology, or two slides would share a
+        result or be overwritten by one.
+    """
+    if form is Format.SPATIALDATA:
+        require_spatialdata()
+    rows = _manifest(source) if source.lower().endswith(".csv") else [(f, {}) for f in _folder(source)]
+    jobs: dict[str, Job] = {}
+    for slide, row in rows:
+        target = join(out, f"{slide_name(slide)}{form.suffix}")
+        job = Job(slide, target, row.get("organ") or organ, row.get("technology") or technology, row.get("context"))
+        if target in jobs:
+            raise InputError(f"{source}: {jobs[target].slide} and {slide} would both be {target}; rename one")
+        jobs[target] = job
+    read = {_place(name) for job in jobs.values() for name in (job.slide, job.context) if name is not None}
+    for target in jobs:
+        if _place(target) in read:
+            raise InputError(f"--out {out}: {target} would overwrite an input; choose another folder")
+    if not jobs:
+        raise InputError(f"{source}: no slides; expected rows below the header, or files {', '.join(ENDINGS)}")
+    organs, technologies = {job.organ for job in jobs.values()}, {job.technology for job in jobs.values()}
+    for names, token in ((organs, organ_token), (technologies, technology_token)):
+        for name in sorted(names - {None}, key=str):
+            try:
+                token(name)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from None
+    return list(jobs.values())
+
+
+def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[str, Any] | None = None) -> Totals:
+    """Run a cohort into a folder; what is there of an earlier run with the same settings is not run again.
+
+    Writes a result a slide, `summary.csv` and, where slides fail, `failures.csv`.
+
+    Parameters
+    ----------
+    cluster
+        Where to run on Ray: what `distributed.run_on_ray` takes; None: in this process.
+
+    Raises
+    ------
+    InputError
+        If the engine or the settings are at fault, the folder cannot be written, or another run is at work in it.
+    """
+    outcomes: list[Outcome] = []
+    with _alone_in(out), cohort_progress(len(jobs)) as progress:
+        try:
+            with closing(_outcomes(jobs, settings, cluster, progress.watch)) as found:
+                for outcome in found:
+                    outcomes.append(outcome)
+                    progress(outcome)
+        finally:  # a run that is stopped tells of what it did
+            _write_tables(outcomes, out)
+    return _totals(outcomes, progress.seconds())
+
+
+def _outcomes(
+    jobs: Sequence[Job], settings: Settings, cluster: dict[str, Any] | None, watch: Watch
+) -> Generator[Outcome, None, None]:
+    engine = settings.load()  # where slides run elsewhere, too: what is wrong with it is found here
+    if cluster is None:
+        return run_jobs(engine, jobs, settings, watch)
+    from .distributed import run_on_ray
+
+    return run_on_ray(jobs, settings, **cluster)
+
+
+def _totals(outcomes: Iterable[Outcome], seconds: float) -> Totals:
+    outcomes = list(outcomes)
+    count = {status: sum(o.status == status for o in outcomes) for status in ("done", "skipped", "failed")}
+    return Totals(**count, spots=sum(outcome.spots for outcome in outcomes), seconds=seconds)
+
+
+@contextmanager
+def _alone_in(out: str) -> Iterator[None]:
+    """Hold the folder of a run, from which what a killed run left half-written is removed."""
+    if is_url(out):
+        yield  # no lock there: two runs would do the same work twice, and each result is still whole
+        return
+    from filelock import FileLock, Timeout
+
+    folder = Path(out)
+    require_writable(folder / SUMMARY)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {out}: a file stands there; give a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"--out {out}: another run is at work in this folder; wait for it to end") from None
+    try:
+        for partial in folder.glob(".*.partial"):
+            remove(partial)
+        yield
+    finally:
+        lock.release()
+
+
+def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
+    """Slides of a manifest, and what it says of each."""
+    with fetched(source) as path:
+        if not path.is_file():
+            raise InputError(f"{source}: no such manifest")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source}: not text in UTF-8 ({error}); save it as CSV in UTF-8") from error
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = [name.strip() for name in reader.fieldnames or []]
+        rows = list(reader)
+    except csv.Error as error:
+        raise InputError(f"{source}: not a CSV file ({error})") from error
+    if "slide" not in header or len(set(header)) < len(header):
+        raise InputError(
+            f"{source}: the first line must name the columns, each once, slide among them; it is: {header}"
+        )
+    for name in header:
+        if name not in COLUMNS:
+            near = nearest_names(name, COLUMNS)
+            warnings.warn(f"{source}: the column {name!r} is not read{near}; {COLUMNS} are", InputWarning, stacklevel=3)
+    return [_row(row, source, line) for line, row in enumerate(rows, 2)]
+
+
+def _row(row: dict[str | None, Any], source: str, line: int) -> tuple[str, dict[str, str]]:
+    if None in row or None in row.values():
+        raise InputError(f"{source}: row {line} has not as many fields as the header; quote those that hold a comma")
+    told = {str(name).strip(): value.strip() for name, value in row.items() if value.strip()}
+    slide = told.pop("slide", "")
+    if not slide_name(slide).strip("."):
+        raise InputError(f"{source}: row {line} names no slide ({slide!r}); give a path or URL")
+    if "context" in told:
+        told["context"] = _beside(source, told["context"])
+    return _beside(source, slide), told
+
+
+def _beside(source: str, path: str) -> str:
+    """A path of a manifest: relative ones start from its folder."""
+    if is_url(path) or Path(path).is_absolute():
+        return path
+    return join(source.rsplit("/", 1)[0], path) if is_url(source) else str(Path(source).parent / path)
+
+
+def _folder(source: str) -> list[str]:
+    if is_url(source):
+        raise InputError(f"{source}: give a manifest (.csv) of URLs; only a folder of this machine is listed")
+    folder = Path(source)
+    if not folder.is_dir():
+        raise InputError(f"{source}: no such folder, and no manifest (.csv)")
+    found = (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
+    return [str(entry) for entry in found if entry.name.lower().endswith(ENDINGS)]
+
+
+def _place(path: str) -> str:
+    return path.rstrip("/") if is_url(path) else str(Path(path).resolve())
+
+
+def _write_tables(outcomes: Sequence[Outcome], out: str) -> None:
+    """Write summary.csv and, where slides failed, failures.csv."""
+    head = ("slide", "output", "status", "spots", "seconds", "warnings")
+    rows = [[o.slide, o.output, o.status, o.spots or "", o.seconds or "", "; ".join(o.warnings)] for o in outcomes]
+    _write_csv(join(out, SUMMARY), head, rows)
+    failed = [[o.slide, o.reason] for o in outcomes if o.status == "failed"]
+    if failed:
+        _write_csv(join(out, FAILURES), ("slide", "reason"), failed)
+    elif not is_url(out):
+        remove(Path(out) / FAILURES)  # of an earlier run
+
+
+def _write_csv(path: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    from .output import written_whole
+
+    with sent(path) as target, written_whole(target) as partial, partial.open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])

@@ -1,0 +1,324 @@
+"""Slides through an engine, one after the other: the next ones are read and the last ones written meanwhile.
+
+Everything that a cohort does to a slide is here, and nothing of where it runs: a process (`cohort.run_cohort`) and the
+workers of a Ray cluster (`distributed`) both call `run_jobs`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .context import Context, choose_spots
+from .engine import Engine
+from .errors import InputError, InputWarning
+from .output import PROVENANCE, TABLE, Format, is_prediction
+from .prediction import Prediction
+from .readers import read_context, read_facts, read_slide
+from .remote import fetched, is_url, sent, version
+from .slide import Slide
+from .targets import slide_name
+
+READ_AHEAD = 4  # slides that are read while one is run
+WRITE_BEHIND = 4  # slides that may wait to be written
+SMALL = 1_024  # spots: smaller slides are run together, up to so many
+TOGETHER = 4 * SMALL
+
+Watch = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is done to every slide of a cohort, in types that travel between machines."""
+
+    engine: str
+    backend: str = "onnxruntime"
+    device: str = "cpu"
+    genes: list[str] | None = None
+    features_key: str | None = None
+    context_spots: str | None = None
+    fill_context: bool = False
+    attention: str | None = None
+    neighbors: int | None = None
+    memory: int | None = None
+    embeddings: bool = False
+    form: Format = Format.H5AD
+    dtype: str = "float32"
+    resume: bool = True
+
+    def load(self) -> Engine:
+        """Load the engine, and check what is asked of it."""
+        engine = Engine.load(self.engine, backend=self.backend, device=self.device)
+        engine.panel(self.genes)
+        engine.attention(self.attention, self.neighbors)
+        return engine
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slide of a cohort."""
+
+    slide: str  # a path, or a URL
+    target: str  # of its result
+    organ: str | None = None
+    technology: str | None = None
+    context: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a slide."""
+
+    slide: str
+    output: str
+    status: str  # "done", "skipped" or "failed"
+    spots: int = 0
+    seconds: float = 0.0  # of reading, running and writing it, of a batch by its share of the spots
+    warnings: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass
+class _Work:
+    """A slide on its way."""
+
+    job: Job
+    slide: Slide | None = None
+    context: Context | None = None
+    prediction: Prediction | None = None
+    run: str = ""  # the fingerprint of its result
+    seconds: float = 0.0
+    told: list[str] = field(default_factory=list)  # warnings
+    outcome: Outcome | None = None  # where it is known
+
+    def end(self, status: str, reason: str = "") -> None:
+        spots = len(self.slide) if self.slide is not None and status == "done" else 0
+        told = tuple(dict.fromkeys(self.told))
+        self.outcome = Outcome(
+            self.job.slide, self.job.target, status, spots, round(self.seconds, 3), told, " ".join(reason.split())
+        )
+
+
+def run_jobs(
+    engine: Engine, jobs: Sequence[Job], settings: Settings, watch: Watch = lambda what, done, total: None
+) -> Generator[Outcome, None, None]:
+    """Run slides; yields what became of each, in their order.
+
+    `watch` is called as work goes on with what is done to which slide, how much of it is done, and to do in all.
+
+    A slide that fails, for whatever reason, does not stop the others. When the caller stops asking, the slide that is
+    being written is finished, and the others are dropped.
+    """
+    identity = _identity(engine, settings)
+    with ExitStack() as stack:
+        stack.enter_context(_told_by_slide())
+        reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
+        stack.callback(reader.shutdown, wait=True, cancel_futures=True)
+        stack.callback(writer.shutdown, wait=True, cancel_futures=True)
+        waiting: deque[Future[_Work]] = deque()
+        for batch in _batches(_read_ahead(reader, jobs, settings, identity)):
+            _encode(engine, batch, settings, watch)
+            waiting += [writer.submit(_write, work, settings, watch) for work in batch]
+            while waiting and (waiting[0].done() or len(waiting) > WRITE_BEHIND):
+                yield _outcome(waiting.popleft())
+        while waiting:
+            yield _outcome(waiting.popleft())
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, jobs: Sequence[Job], settings: Settings, identity: dict[str, Any]
+) -> Iterator[_Work]:
+    pending: deque[Future[_Work]] = deque()
+    for job in jobs:
+        pending.append(reader.submit(_read, job, settings, identity))
+        if len(pending) > READ_AHEAD:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _batches(read: Iterator[_Work]) -> Iterator[list[_Work]]:
+    """Slides to run in one call: small ones together, others alone."""
+    batch: list[_Work] = []
+    spots = 0
+    for work in read:
+        size = len(work.slide) if work.slide is not None else 0
+        if batch and (size > SMALL or spots + size > TOGETHER):
+            yield batch
+            batch, spots = [], 0
+        batch.append(work)
+        spots += size
+        if size > SMALL:
+            yield batch
+            batch, spots = [], 0
+    if batch:
+        yield batch
+
+
+def _read(job: Job, settings: Settings, identity: dict[str, Any]) -> _Work:
+    work = _Work(job)
+    with _step(work):
+        work.run = fingerprint(job, identity)
+        if settings.resume and _recorded(job.target, settings.form) == work.run:
+            work.end("skipped")
+            return work
+        if not is_url(job.target) and Path(job.target).exists() and not is_prediction(Path(job.target)):
+            raise InputError(f"{job.target} exists and is no prediction of stpath; move it away")
+        with fetched(job.slide) as path:
+            slide = read_slide(path, organ=job.organ, technology=job.technology, features_key=settings.features_key)
+        if job.context is not None:
+            with fetched(job.context) as path:
+                context = read_context(path)
+            work.context = choose_spots(context, slide, settings.context_spots) if settings.context_spots else context
+        work.slide = slide
+    return work
+
+
+def _encode(engine: Engine, batch: list[_Work], settings: Settings, watch: Watch) -> None:
+    """Run the slides of a batch together; if that fails, each alone, so that only the faulty one does."""
+    todo = [work for work in batch if work.outcome is None and work.slide is not None]
+    if not todo:
+        return
+    told = [list(work.told) for work in todo]
+    with _step(*todo) as failed:
+        _encode_together(engine, todo, settings, watch)
+    if failed and len(todo) > 1:
+        for work, before in zip(todo, told, strict=True):
+            work.outcome, work.told = None, before
+            _encode(engine, [work], settings, watch)
+
+
+def _encode_together(engine: Engine, works: list[_Work], settings: Settings, watch: Watch) -> None:
+    slides = [work.slide for work in works if work.slide is not None]
+    more = f" and {len(works) - 1} more" if len(works) > 1 else ""
+    found = engine.encode(
+        slides,
+        [work.context for work in works],
+        genes=settings.genes,
+        attention=settings.attention,
+        neighbors=settings.neighbors,
+        memory=settings.memory,
+        embeddings=settings.embeddings,
+        fill_context=settings.fill_context,
+        on_tile=partial(watch, f"predict {slide_name(works[0].job.slide)}{more}"),
+    )
+    for work, prediction in zip(works, found, strict=True):
+        prediction.frame.uns["stpath"]["run"] = work.run
+        work.prediction = prediction
+
+
+def _write(work: _Work, settings: Settings, watch: Watch) -> _Work:
+    if work.prediction is not None and work.outcome is None:
+        with _step(work), sent(work.job.target) as path:
+            work.prediction.write(path, settings.form, settings.dtype, partial(watch, f"write {path.name}"))
+        if work.outcome is None:
+            work.end("done")
+    work.prediction = None
+    return work
+
+
+def _outcome(written: Future[_Work]) -> Outcome:
+    outcome = written.result().outcome
+    assert outcome is not None
+    return outcome
+
+
+def fingerprint(job: Job, identity: dict[str, Any]) -> str:
+    """SHA-256 of all that a result depends on: engine, settings, names, and sizes and times of the files that are read.
+
+    Raises
+    ------
+    InputError
+        If a file is not there.
+    """
+    files = {name: version(name) for name in (job.slide, job.context) if name is not None}
+    facts = {**identity, "organ": job.organ, "technology": job.technology, "files": list(files.values())}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(engine: Engine, settings: Settings) -> dict[str, Any]:
+    """What of engine and settings a result depends on (memory and backend it does not)."""
+    kept = asdict(settings) | {"engine": engine.hash()}
+    for free in ("memory", "resume"):
+        del kept[free]
+    chosen = settings.context_spots
+    if chosen is not None and Path(chosen).is_file():
+        kept["context_spots"] = version(chosen)
+    return kept
+
+
+def _recorded(target: str, form: Format) -> str | None:
+    """The fingerprint that a result keeps; None where there is none, or it is not whole."""
+    try:
+        if is_url(target):
+            return _recorded_there(target, form)
+        return str(read_facts(target).get("run")) if Path(target).exists() else None
+    except (InputError, OSError, KeyError):
+        return None
+
+
+def _recorded_there(target: str, form: Format) -> str:
+    """The same of a result at a URL, of which only this is fetched."""
+    if form is Format.H5AD:
+        import fsspec
+        import h5py
+
+        with fsspec.open(target) as remote, h5py.File(remote, "r") as file:
+            return str(file[PROVENANCE]["run"].asstr()[()])
+    import zarr
+
+    uns = "uns" if form is Format.ZARR else f"tables/{TABLE}/uns"
+    with fetched(f"{target}/{uns}") as path:
+        return str(zarr.open_array(path / "stpath" / "run", mode="r")[...])
+
+
+_TOLD: ContextVar[list[_Work] | None] = ContextVar("told", default=None)
+
+
+@contextmanager
+def _told_by_slide() -> Iterator[None]:
+    """Let warnings within a step of a slide go to that slide."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other libraries' notes to their developers
+        warnings.simplefilter("always", InputWarning)
+        shown = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+            works = _TOLD.get()
+            if works is None:
+                shown(message, category, *rest)
+            for work in works or ():
+                work.told.append(str(message))
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+@contextmanager
+def _step(*works: _Work) -> Iterator[list[Exception]]:
+    """One step of one or more slides: its time and its warnings are theirs, and an error ends them alone."""
+    failed: list[Exception] = []
+    token, start = _TOLD.set(list(works)), time.perf_counter()
+    try:
+        yield failed
+    except Exception as error:  # whatever it is, the other slides go on
+        failed.append(error)
+    finally:
+        _TOLD.reset(token)
+    spots = sum(len(work.slide) for work in works if work.slide is not None) or 1
+    for work in works:
+        share = len(work.slide) / spots if len(works) > 1 and work.slide is not None else 1.0
+        work.seconds += (time.perf_counter() - start) * share
+        for found in failed:
+            work.end("failed", str(found) if isinstance(found, InputError) else f"{type(found).__name__}: {found}")
