@@ -19,6 +19,7 @@ from stpath_runtime import Engine, InputError, Slide
 from stpath_runtime.slide import text
 
 ALL_GENES = "all"
+LARGEST = 2**31 - 2**20  # bytes of expression: gRPC carries less than 2 GiB, as Triton says only after the work
 
 
 class TritonPythonModel:
@@ -63,16 +64,25 @@ class TritonPythonModel:
         if not names:
             raise InputError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
         genes = None if names == [ALL_GENES] else names
-        if genes is not None:
-            self.engine.vocabulary.tokens(genes)  # a misspelt gene is found before the work, not after it
+        vocabulary, features = self.engine.vocabulary, _array(request, "features")
+        columns = len(vocabulary.tokens(genes)) if genes is not None else len(vocabulary)  # faults come before the work
+        _check_size(len(features), columns)
         slide = Slide(
             coords=_array(request, "coords"),  # [N, 2]
-            features=_array(request, "features"),  # [N, F]
+            features=features,  # [N, F]
             organ=_one_text(request, "organ"),
             technology=_one_text(request, "technology"),
             name="request",
         )
         return self.engine.decode(self.engine.embed(slide), genes)
+
+
+def _check_size(spots: int, genes: int) -> None:
+    if spots * genes * 4 > LARGEST:
+        raise InputError(
+            f"{spots:,} spots of {genes:,} genes are {spots * genes * 4:,} bytes of expression, more than a response "
+            f"holds; ask for at most {LARGEST // (4 * spots):,} genes at a time"
+        )
 
 
 def _array(request: Any, name: str) -> npt.NDArray[Any]:

@@ -282,6 +282,17 @@ def test_wrong_input_is_one_line_and_the_next_is_answered(served, slide, server_
     assert server_log == []
 
 
+def test_genes_and_sizes_are_checked_before_the_work(served, slide, monkeypatch):
+    monkeypatch.setattr(served.engine, "embed", None)
+    (error,) = (response.error for response in served.execute([a_request(slide, genes=texts("GENNE7"))]))
+    assert "unknown gene: 'GENNE7'" in error.message
+    monkeypatch.setitem(type(served).execute.__globals__, "LARGEST", 8 * len(slide) + 3)  # two genes
+    for genes in (texts("GENE1", "GENE2", "GENE3"), texts("all")):
+        (error,) = (response.error for response in served.execute([a_request(slide, genes=genes)]))
+        assert error.code == TritonError.INVALID_ARG
+        assert error.message.endswith("more than a response holds; ask for at most 2 genes at a time")
+
+
 def test_faults_leave_the_trace_in_the_servers_log(served, slide, server_log, monkeypatch):
     def fail(error):
         def embed(*_):

@@ -148,6 +148,14 @@ def test_wrong_input_is_an_error_of_one_line_and_the_server_answers_on(server, e
     assert_answers(server, engine, protocol)
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_response_that_no_protocol_carries_is_refused_before_the_work(server, engine, protocol):
+    slide = a_slide(engine, 3000)
+    with pytest.raises(utils.InferenceServerException, match="ask for at most 178,869 genes at a time"):
+        ask(server, protocol, inputs_of(slide, *["GENE3"] * 180_000))
+    assert_answers(server, engine, protocol)
+
+
 def test_a_request_has_run_before_the_server_is_ready(server):
     log = server.log.read_text()
     assert log.index("is running warmup sample 'first_request'") < log.index("Started HTTPService")
