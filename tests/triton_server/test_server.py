@@ -198,6 +198,33 @@ def refused(repository, log) -> str:
     return log.read_text()
 
 
+def test_faults_are_told_in_one_line_and_the_trace_in_the_log(repository, tiny_engine, tmp_path):
+    model = repository / "1" / "model.py"
+    faults = """
+        if genes == ["GENE1"]:
+            raise MemoryError("no room")
+        if genes == ["GENE2"]:
+            1 / 0
+        slide = Slide("""
+    model.write_text(model.read_text().replace("\n        slide = Slide(", faults))
+    engine = Engine.load(tiny_engine)
+    expected = {
+        ("http", "GENE1"): ("503", "not enough memory (no room); ask for fewer genes or smaller slides"),
+        ("grpc", "GENE1"): ("StatusCode.UNAVAILABLE", "not enough memory (no room)"),
+        ("http", "GENE2"): ("500", "ZeroDivisionError: division by zero; a fault of stpath-engine"),
+        ("grpc", "GENE2"): ("StatusCode.INTERNAL", "ZeroDivisionError: division by zero"),
+    }
+    with running(repository.parent, tmp_path / "log") as server:
+        for (protocol, gene), (status, words) in expected.items():
+            with pytest.raises(utils.InferenceServerException) as error:
+                ask(server, protocol, inputs_of(a_slide(engine, 7), gene))
+            assert error.value.status() == status
+            assert error.value.message().startswith(words)
+            assert "\n" not in error.value.message()
+            assert_answers(server, engine, protocol)
+    assert (tmp_path / "log").read_text().count("Traceback") == 2
+
+
 def test_warm_up_really_runs(repository, tmp_path):
     """One that asks for an unknown gene fails, and keeps the server from being ready (this version crashes of it)."""
     (repository / "warmup" / "genes").write_bytes((5).to_bytes(4, "little") + b"GENNE")
