@@ -135,7 +135,9 @@ class Slides(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None
         sampler = DrawSampler(windows, trainer.world_size, trainer.global_rank, shuffle=shuffle, seed=run.seed)
-        if not shuffle:  # Lightning tells a sampler the epoch, and validation is of the same windows in each
+        if shuffle:  # Lightning tells it of each epoch, but of a run that goes on too late: workers load ahead
+            sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+        else:  # the same windows in each epoch
             sampler.set_epoch = lambda epoch: None  # type: ignore[method-assign]
         return DataLoader(
             windows,
@@ -224,6 +226,9 @@ def train(config: TrainConfig) -> Path:
     last = _last_checkpoint(run.out)
     if last is not None and trainer.is_global_zero:
         print(f"going on with {last}", flush=True)  # noqa: T201
+        for path in last.parent.glob("last-epoch=*.ckpt"):
+            if path != last:  # those that a kill left, of which the run would not know
+                path.unlink()
     module = MaskedGeneModelling(model, config.optimizer.learning_rate, config.optimizer.warmup_steps)
     with warnings.catch_warnings():
         for known in ("does not have many workers", "Total length of", "exists and is not empty", "LeafSpec"):
