@@ -142,9 +142,9 @@ def _alone_in(out: str) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     folder = Path(out)
-    require_writable(folder / SUMMARY)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {out}: a file stands there; give a folder")
+    require_writable(folder / SUMMARY)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -175,9 +175,7 @@ def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
     except csv.Error as error:
         raise InputError(f"{source}: not a CSV file ({error})") from error
     if "slide" not in header or len(set(header)) < len(header):
-        raise InputError(
-            f"{source}: the first line must name the columns, each once, slide among them; it is: {header}"
-        )
+        raise InputError(f"{source}: the first line names the columns, slide among them, each once; it is: {header}")
     for name in header:
         if name not in COLUMNS:
             near = nearest_names(name, COLUMNS)

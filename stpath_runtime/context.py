@@ -214,10 +214,8 @@ def choose_spots(context: Context, slide: Slide, which: str) -> Context:
         wanted = [slide.obs_names[spot] for spot in others]
         known = [barcode for barcode in wanted if barcode in row]
         if len(known) < len(wanted):
-            told = (
-                f"{name}: {len(wanted) - len(known):,} of the {len(wanted):,} spots that {which} choose have no counts"
-            )
-            warnings.warn(told, InputWarning, stacklevel=3)
+            lacking = f"{len(wanted) - len(known):,} of the {len(wanted):,} spots that {which} chooses have no counts"
+            warnings.warn(f"{name}: {lacking}", InputWarning, stacklevel=3)
     else:
         known = _mask(Path(which)) if which.endswith(".csv") else listed_names(which, "--context-spots", "barcode")
         if missing := [barcode for barcode in known if barcode not in row]:

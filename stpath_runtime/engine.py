@@ -231,7 +231,7 @@ class Engine:
     def encode(
         self,
         slides: Sequence[Slide],
-        contexts: Sequence[Context | None] | None = None,
+        contexts: Sequence[Context | ContextRows | None] | None = None,
         *,
         genes: Sequence[str] | None = None,
         attention: str | None = None,
@@ -244,7 +244,7 @@ class Engine:
         """Run the encoder on a slide, or on several small ones in one row of calls; genes are decoded later.
 
         What `Prediction.write` takes does not grow with the genes: for all genes of a large slide. No spot attends to
-        another slide's. Parameters and errors are those of `predict`, with a context, or None, for each slide.
+        another slide's. Parameters and errors are those of `predict`, with a context, resolved or not, or None for each.
         """
         contexts = contexts if contexts is not None else [None] * len(slides)
         names, tokens = self.panel(genes)  # a misspelt gene is found before the work, not after it
@@ -252,7 +252,7 @@ class Engine:
         rows = []
         for slide, context in zip(slides, contexts, strict=True):
             self.check(slide)
-            rows.append(context.resolve(slide, self.vocabulary) if context is not None else None)
+            rows.append(context.resolve(slide, self.vocabulary) if isinstance(context, Context) else context)
         found = self._embed(slides, rows, *how, memory, on_tile)
         predictions = []
         for slide, measured, embedding in zip(slides, rows, found, strict=True):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import InputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+Floats = npt.NDArray[np.floating]
+Put = Callable[[slice, slice, Floats], None]  # spots, genes, values
 
 CHUNK = (1_024, 256)  # spots and genes of a chunk of X: 1 MiB, for readers of one gene and for readers of one region
 LARGE = 2 << 30  # bytes of X, from which zarr is written where nothing else is said
@@ -118,32 +123,69 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
 
 
 @contextmanager
-def write_frame(frame: AnnData, path: Path, form: Format, dtype: np.dtype[Any]) -> Iterator[Any]:
-    """Write all of a result but X, and give the X of its file, [N, G], to be filled.
+def write_frame(frame: AnnData, path: Path, form: Format, dtype: np.dtype[Any]) -> Iterator[Put]:
+    """Write all of a result but X, and give what puts the tiles of X, [N, G], into its file.
 
     The file appears under its name only when the block has ended well.
     """
     writers = {Format.H5AD: _write_hdf5, Format.ZARR: _write_zarr, Format.SPATIALDATA: _write_spatialdata}
     if form is Format.SPATIALDATA:
         require_spatialdata()
-    with written_whole(path) as partial, writers[form](frame, partial, dtype) as x:
-        yield x
+    with written_whole(path) as partial, writers[form](frame, partial, dtype) as put:
+        yield put
+
+
+class _Disk(io.FileIO):
+    """A file for HDF5, which crashes the process when a write fails: it is told that all is well, and we are not."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of the data; of what comes after a failure, nothing."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while len(rest) and self.failed is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.failed = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length of the file."""
+        try:
+            return super().truncate(size) if self.failed is None else size or 0
+        except OSError as error:
+            self.failed = error
+            return size or 0
+
+    def check(self) -> None:
+        """Raise what failed."""
+        if self.failed is not None:
+            raise self.failed
 
 
 @contextmanager
-def _write_hdf5(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Any]:
+def _write_hdf5(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Put]:
+    import anndata.io
     import h5py
 
-    frame.write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        chunks = _chunks(frame) if frame.n_obs and frame.n_vars else None
-        x = file.create_dataset("X", frame.shape, dtype, chunks=chunks)
-        x.attrs.update(ARRAY)
-        yield x
+    with _Disk(path, "w+") as disk:
+        with h5py.File(disk, "w") as file:
+            anndata.io.write_elem(file, "/", frame)
+            x = file.create_dataset("X", frame.shape, dtype, chunks=_chunks(frame))
+            x.attrs.update(ARRAY)
+
+            def put(spots: slice, genes: slice, values: Floats) -> None:
+                x[spots, genes] = values
+                disk.check()
+
+            yield put
+        disk.check()
 
 
 @contextmanager
-def _write_zarr(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Any]:
+def _write_zarr(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Put]:
     import anndata.io
     import zarr
 
@@ -154,7 +196,7 @@ def _write_zarr(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[An
 
 
 @contextmanager
-def _write_spatialdata(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Any]:
+def _write_spatialdata(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Put]:
     import pandas as pd
     import zarr
     from spatialdata import SpatialData
@@ -198,7 +240,7 @@ def _shapes(frame: AnnData) -> Any:
     )
 
 
-def _zarr_x(group: Any, frame: AnnData, dtype: np.dtype[Any]) -> Any:
+def _zarr_x(group: Any, frame: AnnData, dtype: np.dtype[Any]) -> Put:
     import numcodecs
     from zarr.codecs import BloscCodec
 
@@ -210,7 +252,11 @@ def _zarr_x(group: Any, frame: AnnData, dtype: np.dtype[Any]) -> Any:
     )
     x = group.create_array("X", shape=frame.shape, dtype=dtype, chunks=_chunks(frame), compressors=packed)
     x.attrs.update(ARRAY)
-    return x
+
+    def put(spots: slice, genes: slice, values: Floats) -> None:
+        x[spots, genes] = values
+
+    return put
 
 
 def _chunks(frame: AnnData) -> tuple[int, ...]:

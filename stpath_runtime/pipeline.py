@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .context import Context, choose_spots
+from .context import ContextRows, choose_spots
 from .engine import Engine
 from .errors import InputError, InputWarning
 from .output import PROVENANCE, TABLE, Format, is_prediction
@@ -95,7 +95,7 @@ class _Work:
 
     job: Job
     slide: Slide | None = None
-    context: Context | None = None
+    context: ContextRows | None = None
     prediction: Prediction | None = None
     run: str = ""  # the fingerprint of its result
     seconds: float = 0.0
@@ -127,7 +127,7 @@ def run_jobs(
         stack.callback(reader.shutdown, wait=True, cancel_futures=True)
         stack.callback(writer.shutdown, wait=True, cancel_futures=True)
         waiting: deque[Future[_Work]] = deque()
-        for batch in _batches(_read_ahead(reader, jobs, settings, identity)):
+        for batch in _batches(_read_ahead(reader, engine, jobs, settings, identity)):
             _encode(engine, batch, settings, watch)
             waiting += [writer.submit(_write, work, settings, watch) for work in batch]
             while waiting and (waiting[0].done() or len(waiting) > WRITE_BEHIND):
@@ -137,11 +137,11 @@ def run_jobs(
 
 
 def _read_ahead(
-    reader: ThreadPoolExecutor, jobs: Sequence[Job], settings: Settings, identity: dict[str, Any]
+    reader: ThreadPoolExecutor, engine: Engine, jobs: Sequence[Job], settings: Settings, identity: dict[str, Any]
 ) -> Iterator[_Work]:
     pending: deque[Future[_Work]] = deque()
     for job in jobs:
-        pending.append(reader.submit(_read, job, settings, identity))
+        pending.append(reader.submit(_read, engine, job, settings, identity))
         if len(pending) > READ_AHEAD:
             yield pending.popleft().result()
     while pending:
@@ -166,7 +166,7 @@ def _batches(read: Iterator[_Work]) -> Iterator[list[_Work]]:
         yield batch
 
 
-def _read(job: Job, settings: Settings, identity: dict[str, Any]) -> _Work:
+def _read(engine: Engine, job: Job, settings: Settings, identity: dict[str, Any]) -> _Work:
     work = _Work(job)
     with _step(work):
         work.run = fingerprint(job, identity)
@@ -180,7 +180,8 @@ def _read(job: Job, settings: Settings, identity: dict[str, Any]) -> _Work:
         if job.context is not None:
             with fetched(job.context) as path:
                 context = read_context(path)
-            work.context = choose_spots(context, slide, settings.context_spots) if settings.context_spots else context
+            chosen = choose_spots(context, slide, settings.context_spots) if settings.context_spots else context
+            work.context = chosen.resolve(slide, engine.vocabulary)
         work.slide = slide
     return work
 

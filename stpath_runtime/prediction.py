@@ -74,9 +74,9 @@ class Prediction:
             If the file cannot be written; nothing is left of it then, and what stood there before still does.
         """
         done, total = 0, self.frame.n_obs * self.frame.n_vars
-        with write_frame(self.frame, path, form, np.dtype(dtype)) as x:
+        with write_frame(self.frame, path, form, np.dtype(dtype)) as put:
             for spots, genes, values in self.tiles():
-                x[spots, genes] = values.astype(dtype, copy=False)
+                put(spots, genes, values.astype(dtype, copy=False))
                 done += values.size
                 if on_tile is not None:
                     on_tile(done, total)

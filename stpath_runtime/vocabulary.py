@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -114,7 +115,7 @@ class GeneVocabulary:
                 return cls._from_symbol_table(_read_json_object(path), path)
             raw = path.read_bytes()
             return cls._from_tsv((gzip.decompress(raw) if path.suffix == ".gz" else raw).decode())
-        except (ValueError, KeyError, OSError, EOFError, RecursionError) as error:
+        except (ValueError, KeyError, OSError, EOFError, RecursionError, csv.Error, zlib.error) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(

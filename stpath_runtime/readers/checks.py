@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,6 +57,11 @@ def check_size(path: Path, what: str, declared: int, chunks: int, stored: int) -
             f"{path}: {what} declares {declared:,} bytes in {chunks:,} chunks but stores {stored:,}; "
             "it is damaged or made to fill the memory: make it anew"
         )
+
+
+def chunk_count(shape: Sequence[int], chunk: Sequence[int]) -> int:
+    """How many chunks make an array."""
+    return math.prod(-(-n // max(size, 1)) for n, size in zip(shape, chunk, strict=True))
 
 
 def warn_ignored(path: Path, what: str) -> None:

@@ -17,7 +17,7 @@ LEAST_FILLED = 0.1  # of a sparse matrix of features: below, it is one of counts
 
 def is_anndata(source: Source) -> bool:
     """Whether a file holds one AnnData (those of old carry no mark)."""
-    return source.attributes().get("encoding-type") == "anndata" or {"obs", "var"} <= set(source.names())
+    return str(source.attributes().get("encoding-type")) == "anndata" or {"obs", "var"} <= set(source.names())
 
 
 def read_anndata(source: Source, features_key: str | None) -> Parts:
@@ -53,6 +53,7 @@ def dense(source: Source, key: str) -> npt.NDArray[Any]:
         If it is sparse, and hardly filled.
     """
     found = read_matrix(source, key)
+    source.require_whole(key)
     if not hasattr(found, "nnz"):
         return np.asarray(found)
     filled = found.nnz / max(found.shape[0] * found.shape[1], 1)

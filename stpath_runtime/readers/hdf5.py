@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..vocabulary import nearest_names
-from .checks import check_size, reading
+from .checks import check_size, chunk_count, reading
 from .patches import patch_of_trident
 from .sources import KINDS, Parts, Source
 
@@ -45,10 +45,18 @@ class Hdf5Source(Source):
             return self.root
         return self.root[key] if self.root.get(key, getlink=True) is not None else None
 
+    def _children(self, key: str) -> list[str]:
+        return list(self._node(key))
+
     def _is_array(self, node: Any) -> bool:
         import h5py
 
         return isinstance(node, h5py.Dataset)
+
+    def _pieces(self, node: Any) -> tuple[int, int]:
+        if node.chunks is None:
+            return int(node.id.get_storage_size() > 0), int(bool(node.size))
+        return node.id.get_num_chunks(), chunk_count(node.shape, node.chunks)
 
     def _check_array(self, node: Any, what: str) -> None:
         import h5py
@@ -59,7 +67,7 @@ class Hdf5Source(Source):
             raise InputError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
         if node.shape:
             pieces = node.chunks or node.shape
-            chunks = math.prod(-(-n // max(size, 1)) for n, size in zip(node.shape, pieces, strict=True))
+            chunks = chunk_count(node.shape, pieces)
             declared = max(math.prod(node.shape), math.prod(pieces)) * node.dtype.itemsize
             # A file may say that it stores more than it is long.
             stored = min(node.id.get_storage_size(), self.path.stat().st_size)
@@ -100,6 +108,8 @@ def read_features(source: Source, features_key: str | None) -> Parts:
     if "coords" not in found:
         raise InputError(f"{path}: no coordinates; expected a dataset 'coords' [N, 2], found: {source.listed('')}")
     features, coords = source.array(name), source.array("coords")
+    for key in (name, "coords"):
+        source.require_whole(key)
     if features.ndim == 3 and features.shape[0] == 1:  # (1, N, F), as TRIDENT writes some
         features = features[0]
     barcodes = next((source.array(key) for key in BARCODES if key in found), None)

@@ -43,6 +43,7 @@ def open_prediction(path: str | Path) -> Iterator[tuple[AnnData, Stored]]:
     InputError
         If the file is missing, damaged or no prediction.
     """
+    import pandas as pd
     from anndata import AnnData
 
     with opened(Path(path), "a prediction") as source:
@@ -51,9 +52,12 @@ def open_prediction(path: str | Path) -> Iterator[tuple[AnnData, Stored]]:
         obs, var = source.read(f"{at}obs"), source.read(f"{at}var")
         obsm = {name: source.read(f"{at}obsm/{name}") for name in source.names(f"{at}obsm")}
         x = source.lazy(f"{at}X")
-        if not isinstance(facts, dict) or x is None or tuple(x.shape) != (len(obs), len(var)) or len(obs) == 0:
+        tables = isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame) and len(obs) > 0
+        if not tables or not isinstance(facts, dict) or x is None or x.shape != (len(obs), len(var)):
             raise _refused(source)
-        yield AnnData(obs=obs, var=var, obsm=obsm, uns={"stpath": facts}), Stored(source.path, x)
+        with reading(source.path):
+            frame = AnnData(obs=obs, var=var, obsm=obsm, uns={"stpath": facts})
+        yield frame, Stored(source.path, x)
 
 
 def read_facts(path: str | Path) -> dict[str, Any]:

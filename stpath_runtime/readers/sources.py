@@ -6,7 +6,7 @@ What a file may make us do is bounded here: no pickle, nothing outside the file,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ class Source(ABC):
         """Names of the elements in a group; none where there is no group."""
         with reading(self.path, _quoted(key)):
             node = self._node(key)
-            return sorted(node) if node is not None and not self._is_array(node) else []
+            return sorted(self._children(key)) if node is not None and not self._is_array(node) else []
 
     def attributes(self, key: str = "") -> dict[str, Any]:
         """Attributes of an element."""
@@ -84,6 +84,17 @@ class Source(ABC):
             self._check_array(node, _quoted(key))
             return node
 
+    def require_whole(self, key: str) -> None:
+        """Refuse an array of which a piece is missing, as after a copy or a run that was cut off: it reads as zeros."""
+        with reading(self.path, _quoted(key)):
+            node = self._node(key)
+            found, expected = self._pieces(node) if self._is_array(node) else (0, 0)
+        if found < expected:
+            raise InputError(
+                f"{self.path}: {_quoted(key)} lacks {expected - found:,} of its {expected:,} chunks, which would be "
+                "read as zeros; copy it again, or make it anew"
+            )
+
     def listed(self, key: str) -> str:
         """What a group holds, with shapes, for messages."""
         names = {name: self.shape(f"{key}/{name}" if key else name) for name in self.names(key)}
@@ -109,14 +120,22 @@ class Source(ABC):
                     self._check_array(node, _quoted(at))
                 else:
                     _check_sparse(self, at, node.attrs)
-                    waiting += [(f"{at}/{name}" if at else name, depth + 1) for name in node]
+                    waiting += [(f"{at}/{name}" if at else name, depth + 1) for name in self._children(at)]
 
     @abstractmethod
     def _node(self, key: str) -> Any:
         """The array or group of a key, or None."""
 
     @abstractmethod
+    def _children(self, key: str) -> Iterable[str]:
+        """Names of the elements in a group."""
+
+    @abstractmethod
     def _is_array(self, node: Any) -> bool: ...
+
+    @abstractmethod
+    def _pieces(self, node: Any) -> tuple[int, int]:
+        """How many chunks of an array are stored, and how many it has."""
 
     @abstractmethod
     def _check_array(self, node: Any, what: str) -> None:

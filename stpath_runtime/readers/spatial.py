@@ -33,6 +33,8 @@ def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
     key = f"tables/{table}"
     element, instance_key = _annotated(source, table)
     rows = np.asarray(source.read(f"{key}/obs/{instance_key}"))
+    if len(set(rows.tolist())) != len(rows):
+        raise InputError(f"{source.path}: the table {table!r} has one {instance_key} twice; make them distinct")
     coords = _coords(source, element, instance_key, rows)
     patch = patch_of_lazyslide(source.attributes().get("tile_spec"), element, source.path)
     return Parts(coords, dense(source, f"{key}/X"), read_names(source, f"{key}/obs"), patch)

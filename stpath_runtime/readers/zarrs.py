@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from ..errors import InputError
-from .checks import check_size, reading
+from .checks import check_size, chunk_count, reading
 from .sources import KINDS, Source
 
 ROOTS = ("zarr.json", ".zgroup")  # format 3 and 2
+METADATA = (*ROOTS, ".zarray")
 LARGEST_METADATA = 64 * 2**20
 # What anndata, spatialdata and OME-Zarr writers use. Left out: whatever makes objects (pickle, json2, msgpack2).
 _COMPRESSORS = ("blosc", "zstd", "lz4", "zlib", "gzip", "bz2", "lzma")
@@ -77,43 +78,63 @@ class ZarrSource(Source):
     def __init__(self, path: Path, root: Any, files: Files) -> None:
         super().__init__(path, root)
         self.files = files
+        # By group. zarr would open all children to list them, and leave tracebacks behind where one is damaged.
+        self.children = defaultdict[str, set[str]](set)
+        for name in files.sizes:
+            group, _, child = name.rpartition("/")[0].rpartition("/")
+            if child and _last(name) in METADATA:
+                self.children[group].add(child)
 
     def _node(self, key: str) -> Any:
         return self.root.get(key) if key else self.root
+
+    def _children(self, key: str) -> set[str]:
+        return self.children.get(key, set())
 
     def _is_array(self, node: Any) -> bool:
         import zarr
 
         return isinstance(node, zarr.Array)
 
+    def _pieces(self, node: Any) -> tuple[int, int]:
+        if node.shape[:1] == (1,):
+            return 1, 1  # zarr writes no chunk of zeros, and one spot may be at the origin
+        return len(self._chunk_files(node)), chunk_count(node.shape, node.shards or node.chunks)
+
+    def _chunk_files(self, node: Any) -> dict[str, int]:
+        """Sizes of the files that hold the data of an array."""
+        inside = f"{node.path}/"
+        names = [name for name in self.files.sizes if name.startswith(inside)]
+        return {
+            name: self.files.sizes[name] for name in names if PurePosixPath(name).name not in (*METADATA, ".zattrs")
+        }
+
     def _check_array(self, node: Any, what: str) -> None:
         # Objects are text: the metadata of the whole store was checked for the codec vlen-utf8.
         if node.dtype.kind not in f"{KINDS}O":
             raise InputError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
         pieces = [node.chunks, node.shards or node.chunks]
-        chunks = max(math.prod(-(-n // size) for n, size in zip(node.shape, piece, strict=True)) for piece in pieces)
+        chunks = max(chunk_count(node.shape, piece) for piece in pieces)
         largest = max(math.prod(sizes) for sizes in (node.shape, *pieces))
-        inside = f"{node.path}/"
-        stored = sum(size for name, size in self.files.sizes.items() if name.startswith(inside))
-        check_size(self.path, what, largest * node.dtype.itemsize, chunks, stored)
+        check_size(self.path, what, largest * node.dtype.itemsize, chunks, sum(self._chunk_files(node).values()))
 
 
 def _folder_files(path: Path) -> Files:
     """The files of a folder, none of which is a link out of it or anything but a file."""
-    inside, sizes = path.resolve(), {}
+    inside, sizes, folders = path.resolve(), {}, [""]
     with reading(path):
-        for folder, folders, names in os.walk(path):
-            for name in (*folders, *names):
-                entry = Path(folder) / name
-                found = entry.lstat()
-                if stat.S_ISLNK(found.st_mode) and not entry.resolve().is_relative_to(inside):
-                    raise InputError(f"{entry}: a link out of the zarr folder; copy the data into it")
-                if stat.S_ISLNK(found.st_mode):
-                    found = entry.stat()
-                if stat.S_ISREG(found.st_mode):
-                    sizes[entry.relative_to(path).as_posix()] = found.st_size
-                elif not stat.S_ISDIR(found.st_mode):
-                    raise InputError(f"{entry}: neither a file nor a folder; a zarr folder holds nothing else")
+        while folders:
+            folder = folders.pop()
+            for entry in os.scandir(path / folder):
+                name = folder + entry.name
+                if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
+                    raise InputError(f"{entry.path}: a link out of the zarr folder; copy the data into it")
+                if entry.is_file():
+                    sizes[name] = entry.stat().st_size
+                elif not entry.is_dir():
+                    raise InputError(f"{entry.path}: neither a file nor a folder; a zarr folder holds nothing else")
+                elif not entry.is_symlink():
+                    folders.append(f"{name}/")
     return Files(sizes, lambda name: (path / name).open("rb"))
 
 
@@ -130,7 +151,7 @@ def _archive_files(archive: zipfile.ZipFile, path: Path) -> Files:
 def _check_metadata(files: Files, path: Path) -> None:
     """Refuse codecs and types that make objects, anywhere in a store."""
     for name, size in files.sizes.items():
-        if PurePosixPath(name).name not in (".zarray", ".zmetadata", "zarr.json"):
+        if _last(name) not in (".zarray", ".zmetadata", "zarr.json"):
             continue
         if size > LARGEST_METADATA:
             raise InputError(f"{path}: the metadata {name!r} is {size:,} bytes long; it is damaged: make it anew")
@@ -170,3 +191,7 @@ def _codec_names(codecs: list[Any]) -> list[str]:
         inner = codec.get("configuration") or {}
         names += _codec_names([*(inner.get("codecs") or []), *(inner.get("index_codecs") or [])])
     return names
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]

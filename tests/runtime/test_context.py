@@ -11,6 +11,7 @@ from scipy import sparse
 
 from helpers import made_up_vocabulary
 from stpath_runtime import Context, InputError, Slide
+from stpath_runtime.context import choose_spots
 from stpath_runtime.errors import InputWarning
 
 GENES = made_up_vocabulary(12)
@@ -85,3 +86,67 @@ def test_counts_that_look_log_transformed_warn():
 def test_a_faulty_context_is_refused(ids, counts, genes, message):
     with pytest.raises(InputError, match=message):
         Context(ids, np.array(counts), genes).resolve(SLIDE, GENES)
+
+
+BARCODES = [f"spot{i}" for i in range(200)]
+SECTION = Slide(np.random.default_rng(0).integers(0, 999, (200, 2)), np.ones((200, 3)), BARCODES, name="s2")
+FULL = Context(
+    BARCODES[::-1], np.arange(200)[::-1, None], ["GENE1"]
+)  # in another order; the count is the spot's number
+
+
+@pytest.mark.parametrize(("share", "spots"), [("5%", 10), ("20 %", 40), ("12.5%", 25)])
+def test_a_share_by_the_published_rule(share, spots):
+    found = choose_spots(FULL, SECTION, share)
+    assert len(found.ids) == spots
+    rightmost = SECTION.coords[np.argmax(SECTION.coords[:, 0])]
+    distance = np.linalg.norm(SECTION.coords - rightmost, axis=1)
+    assert set(found.ids) == {BARCODES[i] for i in np.argsort(distance)[-spots:]}
+    assert [f"spot{int(count)}" for count in found.counts.toarray()[:, 0]] == list(found.ids)
+
+
+def test_spots_by_name_and_by_mask(tmp_path):
+    names, mask = tmp_path / "names.txt", tmp_path / "mask.csv"
+    names.write_text("spot7\nspot3\n")
+    mask.write_text("barcode,x,context\nspot7,0,1\nspot3,0,True\nspot4,0,false\nspot5,0,0\n")
+    for which in ("spot7,spot3", str(names), str(mask)):
+        found = choose_spots(FULL, SECTION, which)
+        assert list(found.ids) == ["spot7", "spot3"]
+        np.testing.assert_array_equal(found.counts.toarray(), [[7], [3]])
+
+
+def test_spots_without_counts_are_told_of():
+    few = Context(BARCODES[:150], np.ones((150, 1)), ["GENE1"])
+    with pytest.warns(InputWarning, match="of the 100 spots that 50% chooses have no counts"):
+        found = choose_spots(few, SECTION, "50%")
+    assert 0 < len(found.ids) < 100
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("0%", "above 0% and below 100%"),
+        ("100%", "above 0% and below 100%"),
+        ("spot1,spotx", "1 of 2 barcodes have no counts, the first is 'spotx'"),
+        (",", "names no barcode"),
+        ("missing.csv", "no such file"),
+    ],
+)
+def test_choices_that_are_none(which, message):
+    with pytest.raises(InputError, match=message):
+        choose_spots(FULL, SECTION, which)
+
+
+def test_a_share_of_which_no_spot_has_counts():
+    elsewhere = Context(["spot-x"], np.ones((1, 1)), ["GENE1"])
+    with pytest.warns(InputWarning), pytest.raises(InputError, match="5% chooses no spot that has counts"):
+        choose_spots(elsewhere, SECTION, "5%")
+
+
+@pytest.mark.parametrize(
+    "text", ["spot,context\nspot1,1\n", "barcode,context\nspot1,maybe\n", "barcode,context\nspot1\n", ""]
+)
+def test_files_that_are_no_mask(text, tmp_path):
+    (tmp_path / "mask.csv").write_text(text)
+    with pytest.raises(InputError, match="no mask|chooses no spot"):
+        choose_spots(FULL, SECTION, str(tmp_path / "mask.csv"))

@@ -1,0 +1,115 @@
+"""Genes decoded later, from the embedding that a prediction keeps."""
+
+from __future__ import annotations
+
+import shutil
+
+import anndata
+import numpy as np
+import pytest
+import spatialdata
+
+from helpers import write_slide
+from stpath_runtime import Context, Engine
+from stpath_runtime.cli import main
+
+READ = {
+    "p.h5ad": anndata.read_h5ad,
+    "p.zarr": anndata.read_zarr,
+    "sd.zarr": lambda path: spatialdata.read_zarr(path)["stpath"],
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_engine) -> Engine:
+    return Engine.load(tiny_engine)
+
+
+@pytest.fixture(scope="module")
+def slide(tiny):
+    return tiny.slides()[0][1]
+
+
+@pytest.fixture
+def predicted(slide, tiny_engine, tmp_path):
+    """Predict three genes into a file of some format."""
+    features = write_slide(slide, tmp_path / "s.h5")
+
+    def predict(name: str, *more: str):
+        path = tmp_path / name
+        words = ["predict", features, "--engine", tiny_engine, "--out", path, "--organ", "Brain"]
+        words += ["--genes", "GENE3,GENE5,GENE9", *more]
+        words += ["--format", "spatialdata"] if name.startswith("sd") else []
+        assert main([*map(str, words)]) == 0
+        return path
+
+    return predict
+
+
+def refused(capsys, *words) -> str:
+    capsys.readouterr()
+    assert main([*map(str, words)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("name", READ)
+def test_genes_are_added_to_what_is_there(name, predicted, engine, slide, tiny_engine, capsys):
+    path = predicted(name, "--embeddings")
+    words = ["decode", path, "--engine", tiny_engine, "--genes", "GENE5,GENE1,ENSG00000000003,GENE0"]
+    assert main([*map(str, words)]) == 0
+    assert capsys.readouterr().out.endswith(f"{path}: 61 spots, 2 genes added to 3\n")
+    found = READ[name](path)
+    genes = ["GENE3", "GENE5", "GENE9", "GENE1", "GENE0"]
+    assert list(found.var_names) == genes
+    expected = engine.predict(slide, genes=genes)
+    np.testing.assert_allclose(found.X, expected.X, rtol=1e-5, atol=1e-5)
+    assert list(found.var["gene_ids"]) == list(expected.var["gene_ids"])
+    assert list(found.obs_names) == slide.barcodes
+    assert found.uns["stpath"]["engine"] == engine.hash()
+    assert main([*map(str, [*words[:-1], "all"])]) == 0
+    assert READ[name](path).shape == (61, 200)
+
+
+def test_into_another_file_and_what_was_measured_stays(engine, slide, tiny_engine, tmp_path):
+    context = Context([slide.barcodes[4]], [[7]], ["GENE5"])
+    (prediction,) = engine.encode([slide], [context], genes=["GENE5"], embeddings=True, fill_context=True)
+    prediction.write(tmp_path / "p.h5ad")
+    words = [
+        "decode",
+        tmp_path / "p.h5ad",
+        "--engine",
+        tiny_engine,
+        "--genes",
+        "GENE6",
+        "--out",
+        tmp_path / "more.zarr",
+    ]
+    assert main([*map(str, words)]) == 0
+    assert anndata.read_h5ad(tmp_path / "p.h5ad").n_vars == 1
+    found = anndata.read_zarr(tmp_path / "more.zarr")
+    assert list(found.var_names) == ["GENE5", "GENE6"]
+    assert found.X[4, 0] == pytest.approx(np.log1p(7))
+    assert found.obs["context"].sum() == 1
+
+
+def test_faults(predicted, tiny_engine, tmp_path, capsys):
+    plain, kept = predicted("plain.h5ad"), predicted("p.h5ad", "--embeddings")
+    decode = ["--engine", tiny_engine, "--genes", "GENE1"]
+    assert "keeps no embedding; predict it again with --embeddings" in refused(capsys, "decode", plain, *decode)
+    assert "unknown gene: 'GENEX'" in refused(capsys, "decode", kept, *decode[:-1], "GENEX")
+    assert "no such file" in refused(capsys, "decode", tmp_path / "none.h5ad", *decode)
+    assert "no prediction" in refused(capsys, "decode", tmp_path / "s.h5", *decode)
+    assert "give --out too" in refused(capsys, "decode", kept, *decode, "--format", "zarr")
+    assert "would overwrite an input" in refused(capsys, "decode", kept, *decode, "--out", kept)
+    other = shutil.copytree(tiny_engine, tmp_path / "other")
+    manifest = other / "engine.json"
+    manifest.write_text(manifest.read_text().replace('"created": "2', '"created": "1'))
+    assert "predicted by another engine" in refused(capsys, "decode", kept, "--engine", other, "--genes", "GENE1")
+    narrow = anndata.read_h5ad(kept)
+    narrow.obsm["stpath_embedding"] = narrow.obsm["stpath_embedding"][:, :5]
+    narrow.write_h5ad(tmp_path / "narrow.h5ad")
+    assert "float32 of shape [61, 5]; this engine's is float [N, 64]" in refused(
+        capsys, "decode", tmp_path / "narrow.h5ad", *decode
+    )
