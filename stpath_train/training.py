@@ -136,7 +136,7 @@ class Slides(L.LightningDataModule):
         assert trainer is not None
         sampler = DrawSampler(windows, trainer.world_size, trainer.global_rank, shuffle=shuffle, seed=run.seed)
         if shuffle:  # Lightning tells it of each epoch, but of a run that goes on too late: workers load ahead
-            sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+            sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         else:  # the same windows in each epoch
             sampler.set_epoch = lambda epoch: None  # type: ignore[method-assign]
         return DataLoader(

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 
-from helpers import relative_l2
+from helpers import a_store, relative_l2
 from stpath_export import exporter, proof
 from stpath_export.exporter import export_engine
 from stpath_export.stages import graphs
@@ -82,6 +82,28 @@ def test_half_precision_engine(tiny, tiny_checkpoint, tiny_genes, tmp_path):
     assert 1e-5 < relative_l2(adata.X, tiny.prediction) < 5e-3
     float32 = sum(p.numel() for p in tiny.model.parameters()) * 4
     assert (tmp_path / "e" / "weights.bin").stat().st_size < 0.6 * float32
+
+
+def test_a_trained_model_goes_straight_into_an_engine_that_attends_as_it_was_trained(tmp_path):
+    from stpath_train.config import TrainConfig
+    from stpath_train.evaluation.predictor import open_predictor
+    from stpath_train.training import train
+
+    store = a_store(tmp_path / "store")
+    config = {
+        "data": {"store": store.path, "spots": (16, 64), "workers": 0},
+        "model": {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_mlp": 32, "attention": "knn", "neighbors": 8},
+        "run": {"out": tmp_path / "run", "epochs": 1, "accelerator": "cpu"},
+    }
+    trained = train(TrainConfig.model_validate(config))
+    assert export_engine(trained, tmp_path / "engine", store.path / "genes.tsv.gz")["passed"]
+    slide, genes = store.as_slide(store.read("S0"), "S0"), ["GENE1", "GENE5"]
+    found, expected = (
+        predictor.decode(predictor.embed(slide), genes)
+        for predictor, _ in (open_predictor(tmp_path / "engine", None, store), open_predictor(None, trained, store))
+    )
+    assert relative_l2(found, expected) < 1e-5
+    assert Manifest.read(tmp_path / "engine").model.neighbors == 8
 
 
 def test_an_engine_below_the_bar_is_not_published(tiny_engine, tiny_checkpoint, tiny_genes, tmp_path, monkeypatch):
