@@ -89,8 +89,8 @@ def read_names(source: Source, table: str) -> npt.NDArray[Any]:
         If there is no such table.
     """
     index = source.attributes(table).get("_index")
-    if not isinstance(index, str) or index not in source.names(table):
-        raise InputError(
-            f"{source.path}: {table!r} is no table with an index; write it again with anndata 0.8 or newer"
-        )
-    return np.asarray(source.read(f"{table}/{index}"), object)
+    if isinstance(index, str) and index in source.names(table):
+        names = np.asarray(source.read(f"{table}/{index}"), object)
+        if names.ndim == 1:
+            return names
+    raise InputError(f"{source.path}: {table!r} is no table with an index of names; write it with anndata 0.8 or newer")

@@ -32,7 +32,7 @@ def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
     table = _table_name(source, features_key)
     key = f"tables/{table}"
     element, instance_key = _annotated(source, table)
-    rows = np.asarray(source.read(f"{key}/obs/{instance_key}"))
+    rows = _column(source, table, instance_key)
     if len(set(rows.tolist())) != len(rows):
         raise InputError(f"{source.path}: the table {table!r} has one {instance_key} twice; make them distinct")
     coords = _coords(source, element, instance_key, rows)
@@ -64,18 +64,25 @@ def _annotated(source: ZarrSource, table: str) -> tuple[str, str]:
     found = source.read(f"tables/{table}/uns/spatialdata_attrs")
     if not isinstance(found, dict) or not {"region", "region_key", "instance_key"} <= set(found):
         raise InputError(f"{source.path}: the table {table!r} annotates nothing; give one of tiles")
-    regions = set(np.atleast_1d(np.asarray(found["region"], object)).tolist())
-    obs = source.names(f"tables/{table}/obs")
-    for column in (found["region_key"], found["instance_key"]):
-        if column not in obs:
-            raise InputError(f"{source.path}: the table {table!r} has no column {column!r}; make it anew")
-    regions |= set(np.asarray(source.read(f"tables/{table}/obs/{found['region_key']}"), object).tolist())
-    if len(regions) != 1 or (element := str(regions.pop())) not in source.names("shapes"):
+    region_key, instance_key = str(found["region_key"]), str(found["instance_key"])
+    regions = {str(region) for region in np.atleast_1d(np.asarray(found["region"], object)).tolist()}
+    regions |= {str(region) for region in _column(source, table, region_key).tolist()}
+    if len(regions) != 1 or not regions <= set(source.names("shapes")):
         raise InputError(
-            f"{source.path}: the table {table!r} annotates {found['region']!r}; give one that annotates one element of "
-            f"shapes: {', '.join(source.names('shapes')) or 'there is none'}"
+            f"{source.path}: the table {table!r} annotates {', '.join(sorted(regions))}; give one that annotates one "
+            f"element of shapes: {', '.join(source.names('shapes')) or 'there is none'}"
         )
-    return element, str(found["instance_key"])
+    return regions.pop(), instance_key
+
+
+def _column(source: ZarrSource, table: str, name: str) -> npt.NDArray[Any]:
+    """A column of obs, [N]."""
+    if name not in source.names(f"tables/{table}/obs"):
+        raise InputError(f"{source.path}: the table {table!r} has no column {name!r}; make it anew")
+    column = np.asarray(source.read(f"tables/{table}/obs/{name}"))
+    if column.ndim != 1:
+        raise InputError(f"{source.path}: {name!r} of the table {table!r} is no column; make it anew")
+    return column
 
 
 def _coords(source: ZarrSource, element: str, instance_key: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:

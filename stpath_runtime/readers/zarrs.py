@@ -140,7 +140,8 @@ def _folder_files(path: Path) -> Files:
 
 def _archive_files(archive: zipfile.ZipFile, path: Path) -> Files:
     """The files of an archive, whose names stay in it and which do not unpack to absurdly more than it is long."""
-    sizes = {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}
+    with reading(path):  # zipfile fails at an entry without a name
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}
     for name in sizes:
         if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
             raise InputError(f"{path}: the archive has an entry {name!r}, a name that leaves it; make it anew")

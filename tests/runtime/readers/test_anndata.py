@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import zarr
 from anndata import AnnData
-from readers_helpers import BARCODES, COORDS, FEATURES, make_anndata, read_prediction, write_anndata, write_hdf5
+from readers_helpers import BARCODES, COORDS, FEATURES, make_anndata, write_anndata, write_hdf5
 from scipy.sparse import csc_matrix, csr_matrix
 
 from stpath_runtime import InputError, read_slide
-from stpath_runtime.readers import read_context
+from stpath_runtime.readers import read_context, read_prediction
 
 KINDS = ("s.h5ad", "s.v2.zarr", "s.v3.zarr", "s.v2.zarr.zip", "s.v3.zarr.zip")
 
@@ -60,6 +60,13 @@ def test_coordinates_as_integers_or_a_table(spots, kind, tmp_path):
     adata = make_anndata()
     adata.obsm["spatial"] = spots
     np.testing.assert_array_equal(read_slide(write_anndata(adata, tmp_path / kind)).coords, COORDS)
+
+
+def test_one_spot_at_the_origin(kind, tmp_path):
+    """zarr writes no chunk of zeros."""
+    adata = make_anndata()[:1].copy()
+    adata.obsm["spatial"] = np.zeros((1, 2))
+    np.testing.assert_array_equal(read_slide(write_anndata(adata, tmp_path / kind)).coords, [[0, 0]])
 
 
 def test_without_coordinates(kind, tmp_path):
@@ -146,5 +153,13 @@ def test_a_damaged_index(tmp_path):
     path = write_anndata(make_anndata(), tmp_path / "s.h5ad")
     with h5py.File(path, "a") as file:
         del file["obs"].attrs["_index"]
+        del file["var/_index"]
+        file["var/_index"] = "one"
     with pytest.raises(InputError, match="'obs' is no table with an index"):
         read_slide(path)
+    with pytest.raises(InputError, match="'obs' is no table with an index"):
+        read_context(path)
+    with h5py.File(path, "a") as file:
+        file["obs"].attrs["_index"] = "_index"
+    with pytest.raises(InputError, match="'var' is no table with an index"):
+        read_context(path)

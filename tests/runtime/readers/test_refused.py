@@ -24,14 +24,13 @@ from readers_helpers import (
     HDF5_FAULTS,
     HUGE,
     make_anndata,
-    read_prediction,
     write_anndata,
     write_hdf5,
     write_spatialdata,
 )
 
 from stpath_runtime import InputError, read_slide
-from stpath_runtime.readers import checks, read_context
+from stpath_runtime.readers import checks, read_context, read_prediction
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +158,15 @@ def test_archives_that_are_bombs(tmp_path):
     with zipfile.ZipFile(path, "a", zipfile.ZIP_BZIP2) as archive:
         archive.writestr("X/c/9/9", bytes(100 * 2**20))
     assert_refused(path, r"the archive declares 104,\d+,\d+ bytes")
+
+
+def test_archives_with_a_name_of_nothing(tmp_path):
+    path = write_anndata(make_anndata(), tmp_path / "s.v3.zarr.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        entry = zipfile.ZipInfo("x")
+        entry.filename = ""
+        archive.writestr(entry, b"1")
+    assert_refused(path, "the file cannot be read; it is truncated or damaged")
 
 
 def test_archives_of_something_else(tmp_path):
@@ -293,6 +301,31 @@ def test_sparse_matrices_with_indices_outside(column, tmp_path):
         file["X/indices"][3] = column
     assert_refused(path, "'X' cannot be read")
     assert_refused(path, "'X' cannot be read", read_context)
+
+
+@pytest.mark.parametrize("kind", ["s.v2.zarr", "s.v3.zarr"])
+@pytest.mark.parametrize("key", ["X", "obsm/spatial"])
+def test_zarr_that_lacks_a_chunk(key, kind, tmp_path):
+    path = write_anndata(make_anndata(), tmp_path / kind)
+    (path / key / ("c/0/0" if "v3" in kind else "0.0")).unlink()
+    assert_refused(path, f"'{key}' lacks 1 of its 1 chunks, which would be read as zeros")
+    if key == "X":
+        assert len(read_slide(path, features_key="uni")) == 5
+
+
+@pytest.mark.parametrize("chunks", [(1, 8), None])
+@pytest.mark.parametrize("key", ["features", "coords"])
+def test_hdf5_of_a_writer_that_was_cut_off(key, chunks, tmp_path):
+    whole = {"features": FEATURES, "coords": np.hstack([COORDS] * 4)} | {key: None}
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        for name, values in whole.items():
+            dataset = file.create_dataset(name, (5, 8), "f4", chunks=chunks)
+            if values is not None:
+                dataset[:] = values
+            elif chunks:
+                dataset[:3] = 1
+    lacks = "2 of its 5" if chunks else "1 of its 1"
+    assert_refused(tmp_path / "s.h5", f"'{key}' lacks {lacks} chunks, which would be read as zeros")
 
 
 def test_tables_of_tiles_that_are_bombs(tmp_path):

@@ -7,6 +7,8 @@ import sys
 
 import numpy as np
 import pytest
+import zarr
+from anndata.io import write_elem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers_helpers import COORDS, FEATURES, TILE_SPEC, make_table, make_tiles, write_spatialdata
@@ -75,19 +77,51 @@ def test_faults(tmp_path):
     path = write_spatialdata(tmp_path / "twice.zarr", shapes={"tiles": make_tiles(tile_id=np.array([0, 1, 2, 3, 3]))})
     with pytest.raises(InputError, match="'shapes/tiles' has one tile_id twice"):
         read_slide(path)
+    path = write_spatialdata(tmp_path / "one_tile.zarr")
+    (path / "tables" / "gigapath_tiles" / "obs" / "tile_id" / "c" / "0").unlink()  # reads as zeros
+    with pytest.raises(InputError, match="the table 'gigapath_tiles' has one tile_id twice"):
+        read_slide(path)
     path = write_spatialdata(tmp_path / "lost.zarr")
     (path / "shapes" / "tiles" / "shapes.parquet").unlink()
     with pytest.raises(InputError, match="no 'shapes/tiles/shapes.parquet'"):
         read_slide(path)
     shutil.rmtree(path / "shapes" / "tiles")
     with pytest.raises(
-        InputError, match="annotates 'tiles'; give one that annotates one element of shapes: there is none"
+        InputError, match="annotates tiles; give one that annotates one element of shapes: there is none"
     ):
         read_slide(path, features_key="gigapath_tiles")
     path = write_spatialdata(tmp_path / "damaged.zarr")
     shapes = path / "shapes" / "tiles" / "shapes.parquet"
     shapes.write_bytes(shapes.read_bytes()[:-20])
     with pytest.raises(InputError, match="'shapes/tiles/shapes.parquet' cannot be read; it is truncated or damaged"):
+        read_slide(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("region", "tissues", "annotates tiles, tissues; give one that annotates one element of shapes: tiles"),
+        ("region", np.array(["tiles", "tissues"]), "annotates tiles, tissues"),
+        ("instance_key", "spot", "has no column 'spot'"),
+        ("region_key", np.array(["a", "b"]), "has no column"),
+    ],
+)
+def test_damaged_annotations(name, value, message, tmp_path):
+    path = write_spatialdata(tmp_path / "s.zarr")
+    table = zarr.open_group(path / "tables" / "gigapath_tiles", mode="a", use_consolidated=False)
+    write_elem(table["uns/spatialdata_attrs"], name, value)
+    with pytest.raises(InputError, match=message):
+        read_slide(path)
+    write_elem(table["uns"], "spatialdata_attrs", {"region": "tiles"})
+    with pytest.raises(InputError, match="the table 'gigapath_tiles' annotates nothing; give one of tiles"):
+        read_slide(path)
+
+
+def test_a_column_that_is_none(tmp_path):
+    path = write_spatialdata(tmp_path / "s.zarr")
+    table = zarr.open_group(path / "tables" / "gigapath_tiles", mode="a", use_consolidated=False)
+    write_elem(table["obs"], "tile_id", np.zeros((5, 2)))
+    with pytest.raises(InputError, match="'tile_id' of the table 'gigapath_tiles' is no column"):
         read_slide(path)
 
 
