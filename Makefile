@@ -19,7 +19,7 @@ test: $(INSTALLED)
 
 # Slides from a real Triton server.
 test-triton: $(TRITON)/.installed
-	$(BIN)/pytest -n 0 tests/triton_server
+	$(BIN)/pytest -n 0 -m triton tests/triton_server
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

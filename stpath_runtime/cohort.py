@@ -152,11 +152,17 @@ def _alone_in(out: str) -> Iterator[None]:
     except Timeout:
         raise InputError(f"--out {out}: another run is at work in this folder; wait for it to end") from None
     try:
-        for partial in folder.glob(".*.partial"):
-            remove(partial)
+        _sweep(folder)
         yield
+        _sweep(folder)  # of workers that died
     finally:
         lock.release()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what was written in part; nobody else is at work here."""
+    for partial in folder.glob(".*.partial"):
+        remove(partial)
 
 
 def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:

@@ -159,7 +159,7 @@ def known_genes(
     if len(known) == 0:
         first = f" (the first is {genes[0]!r})" if len(genes) else ""
         raise InputError(
-            f"{name}: none of its {len(genes):,} genes is known to the engine{first}; give symbols or Ensembl ids"
+            f"{name}: none of its {len(genes):,} genes is known to the model{first}; give symbols or Ensembl ids"
         )
     tokens = np.array([found[i] for i in known], dtype=np.int64)
     return *_merge_by_maximum(counts[:, known], tokens), len(genes) - len(known)

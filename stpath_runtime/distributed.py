@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -57,13 +58,14 @@ def run_on_ray(
     except ImportError as error:
         raise InputError("--ray needs Ray; run: pip install 'stpath-engine[ray]'") from error
     try:
+        _require_answer(address)
         ray.init(
             address=address,
             include_dashboard=False if address == "local" else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"--ray {address}: no cluster there ({error}); start one with: ray start --head") from error
     try:
         _require_room(ray.cluster_resources(), address, workers, cpus, gpus)  # type: ignore[no-untyped-call]
@@ -87,6 +89,13 @@ def run_on_ray(
             yield Outcome(**{**found, "warnings": tuple(found["warnings"])})
     finally:
         ray.shutdown()
+
+
+def _require_answer(address: str) -> None:
+    """Raise OSError where HOST:PORT does not answer: Ray would try for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _require_room(resources: dict[str, float], address: str, workers: int, cpus: float, gpus: float) -> None:

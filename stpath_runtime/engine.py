@@ -244,7 +244,7 @@ class Engine:
         """Run the encoder on a slide, or on several small ones in one row of calls; genes are decoded later.
 
         What `Prediction.write` takes does not grow with the genes: for all genes of a large slide. No spot attends to
-        another slide's. Parameters and errors are those of `predict`, with a context, resolved or not, or None for each.
+        another slide's. Parameters and errors are those of `predict`; a context, resolved or not, or None for each.
         """
         contexts = contexts if contexts is not None else [None] * len(slides)
         names, tokens = self.panel(genes)  # a misspelt gene is found before the work, not after it

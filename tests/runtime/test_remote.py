@@ -1,0 +1,115 @@
+"""Slides and results by URL, on fsspec's memory and local file systems."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import anndata
+import fsspec
+import numpy as np
+import pytest
+
+from helpers import write_context, write_slide
+from stpath_runtime import Context, Engine, InputError
+from stpath_runtime.cli import main
+from stpath_runtime.remote import fetched, join, sent, version
+
+
+@pytest.fixture(params=["memory", "file"])
+def place(request, tmp_path):
+    """A URL of an empty folder, and its file system."""
+    files = fsspec.filesystem(request.param)
+    if request.param == "memory":
+        files.store.clear()
+        files.pseudo_dirs[:] = [""]
+        return "memory://bucket", files
+    return f"file://{tmp_path}/bucket", files
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr", "spatialdata"])
+def test_a_cohort_by_url(form, place, tiny, tiny_engine, tmp_path, capsys):
+    url, files = place
+    _, slide, context = tiny.slides()[0]
+    files.makedirs(f"{url}/in")
+    files.put_file(str(write_slide(slide, tmp_path / "s.h5")), f"{url}/in/s.h5")
+    files.put_file(str(write_context(context, tmp_path / "c.h5ad")), f"{url}/in/c.h5ad")
+    files.pipe_file(f"{url}/in/manifest.csv", b"slide,organ,context\ns.h5,Brain,c.h5ad\nnone.h5,,\n")
+    words = ["run", f"{url}/in/manifest.csv", "--engine", tiny_engine, "--out", f"{url}/out", "--genes", "GENE1,GENE2"]
+    words += ["--format", form]
+    assert main([*map(str, words)]) == 1
+    _, err = capsys.readouterr()
+    assert f"{url}/in/none.h5: cannot be found" in err
+    suffix = "h5ad" if form == "h5ad" else "zarr"
+    expected = Engine.load(tiny_engine).predict(slide, genes=["GENE1", "GENE2"], context=context)
+    with fetched(f"{url}/out/s.{suffix}") as path:
+        found = {"h5ad": anndata.read_h5ad, "zarr": anndata.read_zarr}.get(
+            form, lambda path: anndata.read_zarr(path / "tables" / "stpath")
+        )(path)
+    np.testing.assert_allclose(found.X, expected.X, rtol=1e-5, atol=1e-5)
+
+    def statuses() -> list[str]:
+        return [row["status"] for row in csv.DictReader(io.StringIO(files.cat(f"{url}/out/summary.csv").decode()))]
+
+    assert statuses() == ["done", "failed"]
+    assert main([*map(str, words)]) == 1
+    assert statuses() == ["skipped", "failed"]
+    fewer = write_context(Context(context.ids[:3], context.counts[:3], context.genes), tmp_path / "fewer.h5ad")
+    files.put_file(str(fewer), f"{url}/in/c.h5ad")
+    assert main([*map(str, words)]) == 1
+    assert statuses() == ["done", "failed"]
+
+
+def test_what_is_sent_in_part_does_not_look_whole(place, tmp_path, monkeypatch):
+    url, files = place
+    seen: list[str] = []
+    real = type(files).put_file
+
+    def put_file(self, local, remote, *args, **kwargs):
+        seen.append(str(remote))
+        return real(self, local, remote, *args, **kwargs)
+
+    monkeypatch.setattr(type(files), "put_file", put_file)
+    with sent(f"{url}/p.zarr") as folder:
+        anndata.AnnData(np.ones((3, 2), np.float32)).write_zarr(folder)
+    roots = {".zgroup", ".zattrs", ".zmetadata", "zarr.json"}
+    last = [name.rsplit("p.zarr/", 1)[1] in roots for name in seen]
+    assert any(last)
+    assert last == sorted(last)
+    with fetched(f"{url}/p.zarr") as folder:
+        assert anndata.read_zarr(folder).shape == (3, 2)
+
+
+def test_what_fails_before_the_end_is_not_sent(place):
+    url, files = place
+
+    def fail() -> None:
+        with sent(f"{url}/x/p.h5ad") as path:
+            path.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not files.exists(f"{url}/x/p.h5ad")
+
+
+def test_a_version_changes_with_the_file(place, tmp_path):
+    url, files = place
+    files.makedirs(url)
+    for target in (f"{url}/a", str(tmp_path / "a")):
+        write = (lambda data, to=target: files.pipe_file(to, data)) if "://" in target else (tmp_path / "a").write_bytes
+        write(b"one")
+        first = version(target)
+        assert version(target) == first
+        write(b"more")
+        assert version(target) != first
+
+
+def test_faults(tmp_path):
+    for url in ("nowhere://x/s.h5", "memory://missing/s.h5"):
+        with pytest.raises(InputError, match=rf"{url}: cannot be fetched"), fetched(url):
+            pass
+    with pytest.raises(InputError, match="no such file"):
+        version(str(tmp_path / "missing"))
+    assert join("s3://a/b/", "c") == "s3://a/b/c"
+    assert join("a/b", "c") == "a/b/c"
