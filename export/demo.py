@@ -16,7 +16,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from stpath_runtime.context import Context
+from stpath_runtime.context import Context, masked_spots
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import ParityError
 from stpath_runtime.output import write_h5ad, written_whole
@@ -91,8 +91,6 @@ def run_demo(out: Path) -> None:
 
 def _context_spots(slide: Slide) -> dict[str, npt.NDArray[np.int64]]:
     """Two choices of a twentieth of the spots: those farthest from the rightmost, as published, and any, by a seed."""
-    from stpath_train.evaluation.imputation import masked_spots
-
     edge = np.setdiff1d(np.arange(len(slide)), masked_spots(slide.coords, 1 - SHARE))
     spread = np.random.default_rng(0).choice(len(slide), len(edge), replace=False)
     return {EDGE: edge, SPREAD: np.sort(spread)}

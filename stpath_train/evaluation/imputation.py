@@ -6,11 +6,12 @@ N spots of a slide, M masked ones, C = N - M of context, G genes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from stpath_runtime.context import masked_spots
 from stpath_runtime.progress import OnTile
 from stpath_train.store import Store
 
@@ -35,20 +36,6 @@ PROTOCOLS = {
 }
 FEWEST_SPOTS = 5  # of which 4, 4 and 4 are masked
 Parts = list[npt.NDArray[np.float32]]  # [M, G] of each slide
-
-
-def masked_spots(coords: npt.NDArray[Any], masked: float) -> npt.NDArray[np.int64]:
-    """The masked spots of a slide, ascending: the int(N * masked) nearest to the rightmost spot, itself among them.
-
-    As published (STPath's README and `PatchSampler.sample_nearest_patch`): the first spot of the largest x, and a
-    KDTree on the coordinates [N, 2]. Of several rightmost spots the first in the store's order, which is not that of
-    the published files.
-    """
-    from scipy.spatial import KDTree
-
-    rightmost = coords[np.argmax(coords[:, 0])]
-    _, nearest = KDTree(coords).query(rightmost, k=[*range(1, int(len(coords) * masked) + 1)])
-    return np.sort(np.asarray(nearest, np.int64))
 
 
 def evaluate_imputation(

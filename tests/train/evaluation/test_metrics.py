@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stpath_runtime.context import masked_spots
 from stpath_train.evaluation import metrics
-from stpath_train.evaluation.imputation import masked_spots
 
 # Deviations of 1, 2, 3, 4 from 2.5: -1.5 -0.5 0.5 1.5; of 1, 3, 2, 4: -1.5 0.5 -0.5 1.5. Their products add up to
 # 2.25 - 0.25 - 0.25 + 2.25 = 4, their squares to 5 each: r = 4 / 5. The second gene falls as the truth rises: -1. The
