@@ -97,8 +97,9 @@ class Source(ABC):
 
     def listed(self, key: str) -> str:
         """What a group holds, with shapes, for messages."""
-        names = {name: self.shape(f"{key}/{name}" if key else name) for name in self.names(key)}
-        return ", ".join(name if shape is None else f"{name} {shape}" for name, shape in names.items()) or "nothing"
+        shapes = {name: self.shape(f"{key}/{name}" if key else name) for name in self.names(key)}
+        shown = [f"{' '.join(name.split())} {'' if shape is None else shape}".strip() for name, shape in shapes.items()]
+        return ", ".join(shown) or "nothing"
 
     def _check_all(self, key: str) -> None:
         """Check every array and group that reading an element would touch."""

@@ -68,9 +68,10 @@ def _annotated(source: ZarrSource, table: str) -> tuple[str, str]:
     regions = {str(region) for region in np.atleast_1d(np.asarray(found["region"], object)).tolist()}
     regions |= {str(region) for region in _column(source, table, region_key).tolist()}
     if len(regions) != 1 or not regions <= set(source.names("shapes")):
+        listed, shapes = ", ".join(map(repr, sorted(regions))), ", ".join(source.names("shapes")) or "there is none"
         raise InputError(
-            f"{source.path}: the table {table!r} annotates {', '.join(sorted(regions))}; give one that annotates one "
-            f"element of shapes: {', '.join(source.names('shapes')) or 'there is none'}"
+            f"{source.path}: the table {table!r} annotates {listed}; give one that annotates one element of shapes: "
+            f"{shapes}"
         )
     return regions.pop(), instance_key
 
@@ -117,6 +118,7 @@ def _corners(tiles: Any) -> Any:
 def _read_tiles(source: ZarrSource, element: str, instance_key: str) -> Any:
     """The table of an element's shapes: its ids, and coordinates or outlines."""
     try:
+        import shapely  # noqa: F401  (for outlines)
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise InputError(

@@ -104,10 +104,8 @@ class ZarrSource(Source):
     def _chunk_files(self, node: Any) -> dict[str, int]:
         """Sizes of the files that hold the data of an array."""
         inside = f"{node.path}/"
-        names = [name for name in self.files.sizes if name.startswith(inside)]
-        return {
-            name: self.files.sizes[name] for name in names if PurePosixPath(name).name not in (*METADATA, ".zattrs")
-        }
+        files = {name: size for name, size in self.files.sizes.items() if name.startswith(inside)}
+        return {name: size for name, size in files.items() if _last(name) not in (*METADATA, ".zattrs")}
 
     def _check_array(self, node: Any, what: str) -> None:
         # Objects are text: the metadata of the whole store was checked for the codec vlen-utf8.
@@ -188,7 +186,7 @@ def _codec_names(codecs: list[Any]) -> list[str]:
         if isinstance(codec, str):
             names.append(codec)
             continue
-        names.append(str(codec.get("id", codec.get("name"))))
+        names += [str(codec[key]) for key in ("id", "name") if key in codec] or ["None"]  # format 2 and 3
         inner = codec.get("configuration") or {}
         names += _codec_names([*(inner.get("codecs") or []), *(inner.get("index_codecs") or [])])
     return names

@@ -143,6 +143,12 @@ def test_a_file_with_a_fault_is_refused_by_name(datasets, message, tmp_path):
         read_slide(path)
 
 
+def test_names_of_several_lines_make_one(tmp_path):
+    path = write_hdf5(tmp_path / "s.h5", **{"two\nlines": FEATURES})
+    with pytest.raises(InputError, match=r"found: two lines \[5, 8\]$"):
+        read_slide(path)
+
+
 def test_files_that_are_none(tmp_path):
     with pytest.raises(InputError, match=r"missing.h5: no such file; expected features"):
         read_slide(tmp_path / "missing.h5")

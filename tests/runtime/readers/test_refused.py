@@ -77,6 +77,7 @@ def test_codecs_of_zarr_2(where, codec, array, tmp_path):
     [
         [{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {}}],
         ["bytes", "pickle"],
+        [{"id": "zstd", "name": "numcodecs.pickle"}],
         [
             {
                 "name": "sharding_indexed",

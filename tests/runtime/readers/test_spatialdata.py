@@ -87,7 +87,7 @@ def test_faults(tmp_path):
         read_slide(path)
     shutil.rmtree(path / "shapes" / "tiles")
     with pytest.raises(
-        InputError, match="annotates tiles; give one that annotates one element of shapes: there is none"
+        InputError, match="annotates 'tiles'; give one that annotates one element of shapes: there is none"
     ):
         read_slide(path, features_key="gigapath_tiles")
     path = write_spatialdata(tmp_path / "damaged.zarr")
@@ -100,8 +100,8 @@ def test_faults(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("region", "tissues", "annotates tiles, tissues; give one that annotates one element of shapes: tiles"),
-        ("region", np.array(["tiles", "tissues"]), "annotates tiles, tissues"),
+        ("region", "tissues", "annotates 'tiles', 'tissues'; give one that annotates one element of shapes: tiles"),
+        ("region", np.array(["tiles", "tissues"]), "annotates 'tiles', 'tissues'"),
         ("instance_key", "spot", "has no column 'spot'"),
         ("region_key", np.array(["a", "b"]), "has no column"),
     ],
