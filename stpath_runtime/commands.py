@@ -280,7 +280,33 @@ def triton(
     typer.echo(f"{out}: {', '.join(write_model_repository(engine, out, device))}")
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (predict, decode, run, fidelity, plot, info, triton)
+def build(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    backend: Annotated[str, typer.Option(metavar="tensorrt|tensorrt_rtx", help="What to build plans of.")] = "tensorrt",
+    device: Annotated[str, typer.Option(metavar="cuda:N", help="The GPU to build for.")] = "cuda:0",
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="sm_89", help="Build for such a GPU of another machine (TensorRT-RTX)."),
+    ] = None,
+    max_spots: Annotated[
+        int, typer.Option(metavar="N", help="The largest slide for global attention; by kNN larger ones run, too.")
+    ] = 32_768,
+) -> None:
+    """Build TensorRT plans from an engine's graphs, for one generation of GPUs, and keep them in the engine."""
+    from .plan_builder import Build
+
+    todo = Build.of(engine, backend, device, target, max_spots)
+    what = f"{_count(len(todo.ranges), 'plan')} for {todo.target}, slides up to {_count(max_spots, 'spot')}"
+    if todo.up_to_date():
+        typer.echo(f"{todo.folder}: {what}, up to date")
+        return
+    typer.echo(f"building {what}; time: {todo.expected()}", err=True)
+    with progress_bar(todo.folder.name) as on_step:
+        plans = todo.run(on_step)
+    typer.echo(f"{todo.folder}: {what} ({plans.seconds():,.1f} s)")
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (predict, decode, run, fidelity, plot, info, triton, build)
 
 
 def _gene_names(genes: str) -> list[str] | None:

@@ -40,6 +40,7 @@ DTYPES = {"fp32": np.float32, "fp16": np.float16}  # what passes between the sta
 ENOUGH_ROWS = 1024
 ENOUGH_BYTES = 64 << 20  # of a tile of the embed and head stages, which have no keys
 GENES_AT_ONCE = 32 * CHUNK[1]
+DECODED_ROWS = 16 * CHUNK[0]  # of a tile of the head stage, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +264,8 @@ def gene_rows(backend: Backend, dtype: npt.DTypeLike, spots: Spots) -> tuple[Flo
     for context in spots.context:
         row_of_spot[context.spots] = np.arange(first, first + len(context.spots))
         first += len(context.spots)
-        for some in _tiles(len(context.spots), _enough(max(1, len(context.tokens)) * itemsize), 1):
+        size = min(ENOUGH_ROWS, _enough(max(1, len(context.tokens)) * itemsize))
+        for some in _tiles(len(context.spots), size, 1):
             values = context.log_counts[some].toarray().astype(dtype, copy=False)
             rows += backend.run("tokens", {"values": values, "token_ids": context.tokens})
     return np.concatenate(rows), row_of_spot
@@ -281,7 +283,7 @@ def decode(
     for start in range(0, len(token_ids), GENES_AT_ONCE):
         genes = slice(start, min(start + GENES_AT_ONCE, len(token_ids)))
         # Whole chunks of spots, as many as pay: a chunk of a file is written once.
-        step = max(1, _enough((genes.stop - start) * 4) // CHUNK[0]) * CHUNK[0]
+        step = max(1, min(DECODED_ROWS, _enough((genes.stop - start) * 4)) // CHUNK[0]) * CHUNK[0]
         for first in range(0, len(embedding), step):
             spots = slice(first, min(first + step, len(embedding)))
             tile = embedding[spots].astype(DTYPES[precision], copy=False)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..errors import InputError
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 class Backend(Protocol):
@@ -42,4 +42,8 @@ def open_backend(name: str, engine: Path, device: str) -> Backend:
         from .onnxruntime import OnnxRuntimeBackend
 
         return OnnxRuntimeBackend(engine, device)
+    if name in ("tensorrt", "tensorrt_rtx"):
+        from .tensorrt import TensorRtBackend
+
+        return TensorRtBackend(engine, device, name)
     raise InputError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")

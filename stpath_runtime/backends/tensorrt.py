@@ -1,0 +1,117 @@
+"""TensorRT, or TensorRT-RTX, on an NVIDIA GPU: runs the plans that `stpath build` made, and builds none.
+
+Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/infer/Core/ExecutionContext.html.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cuda import Gpu
+from ..errors import InputError
+from ..plans import LIBRARIES, Range, check_plans, import_tensorrt, last_error, plans_folder, quiet_logger
+from . import Arrays
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A plan on the GPU."""
+
+    context: Any  # trt.IExecutionContext, which keeps its engine
+    inputs: dict[str, type[np.generic]]  # types by name
+    outputs: dict[str, type[np.generic]]
+    ranges: dict[str, Range]
+
+
+class TensorRtBackend:
+    """Runs plans with TensorRT; a plan is loaded when it is first run, and its hash checked before.
+
+    Parameters
+    ----------
+    library
+        "tensorrt" or "tensorrt_rtx".
+
+    Raises
+    ------
+    InputError
+        If TensorRT is not installed, the device is not "cuda:N" or not there, or there are no plans for it that were
+        built from this engine's graphs by this TensorRT.
+    """
+
+    def __init__(self, engine: Path, device: str, library: str = "tensorrt") -> None:
+        self.name = library
+        self._trt = import_tensorrt(library)
+        self._gpu = Gpu(device)
+        self.device = self._gpu.device
+        self._mend = f"run: stpath build {engine} --backend {library} --device {self.device}"
+        version, target = self._trt.__version__, self._gpu.target
+        self._plans = check_plans(engine, library, version, target, self._mend)
+        self._folder = plans_folder(engine, library, version, target)
+        self._log = quiet_logger(self._trt)
+        self._runtime = self._trt.Runtime(self._log)
+        self._loaded: dict[str, _Loaded] = {}
+
+    def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
+        """Run a graph, by its name without `.onnx`, on the inputs by their names.
+
+        Raises
+        ------
+        InputError
+            If a shape is out of the range that the plan was built for, or the GPU has too little memory.
+        """
+        if graph not in self._loaded:
+            self._loaded[graph] = self._load(graph)
+        plan, gpu = self._loaded[graph], self._gpu
+        gpu.use()
+        arrays = {name: np.ascontiguousarray(inputs[name], dtype) for name, dtype in plan.inputs.items()}
+        for name, array in arrays.items():
+            self._require_in_range(graph, name, array.shape)
+            plan.context.set_input_shape(name, array.shape)
+            plan.context.set_tensor_address(name, gpu.upload(name, array))
+        shapes = {name: tuple(plan.context.get_tensor_shape(name)) for name in plan.outputs}
+        for name, dtype in plan.outputs.items():
+            size = int(np.prod(shapes[name])) * np.dtype(dtype).itemsize
+            plan.context.set_tensor_address(name, gpu.reserve(name, size))
+        # Activations of these shapes, not of the largest, in memory that all plans share: they run one by one.
+        size = plan.context.update_device_memory_size_for_shapes()
+        plan.context.set_device_memory(gpu.reserve("activations", max(1, size)), size)
+        if not plan.context.execute_async_v3(gpu.stream):
+            raise RuntimeError(f"{graph}: {LIBRARIES[self.name]} did not run it: {last_error(self._log)}")
+        outputs = [gpu.download(name, shapes[name], dtype) for name, dtype in plan.outputs.items()]
+        gpu.synchronize()
+        return outputs
+
+    def available_memory(self) -> int:
+        """Bytes that the device has to give."""
+        return self._gpu.free_memory()
+
+    def _load(self, graph: str) -> _Loaded:
+        if graph not in self._plans.plans:
+            raise InputError(f"{graph}: TensorRT runs the stages only, {', '.join(self._plans.plans)}")
+        self._gpu.use()
+        path, trt = self._folder / f"{graph}.plan", self._trt
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            why = last_error(self._log)
+            raise InputError(f"{path}: {LIBRARIES[self.name]} cannot load it on {self._gpu.name}: {why}; {self._mend}")
+        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        types = {name: trt.nptype(engine.get_tensor_dtype(name)) for name in names}
+        inputs = {name: types[name] for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
+        outputs = {name: types[name] for name in names if name not in inputs}
+        return _Loaded(context, inputs, outputs, self._plans.ranges(graph))
+
+    def _require_in_range(self, graph: str, name: str, shape: tuple[int, ...]) -> None:
+        least, _, largest = self._loaded[graph].ranges[name]
+        if all(low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)):
+            return
+        more = max((size for size, high in zip(shape, largest, strict=True) if size > high), default=0)
+        raise InputError(
+            f"{graph}: {name} of shape {list(shape)}, and the plan was built for {list(least)} to {list(largest)}, "
+            f"slides up to {self._plans.max_spots:,} spots; {self._mend}{f' --max-spots {more}' if more else ''}"
+        )
