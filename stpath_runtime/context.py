@@ -208,6 +208,9 @@ def choose_spots(context: Context, slide: Slide, which: str) -> Context:
     """
     name = f"context of {slide.name}"
     row = {barcode: i for i, barcode in enumerate(context.ids)}
+    if len(row) < len(context.ids):
+        twice = next(barcode for i, barcode in enumerate(context.ids) if row[barcode] != i)
+        raise InputError(f"{name}: spot {twice!r} stands twice; give each one row of counts")
     if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", which.strip()):
         masked = masked_spots(slide.coords, 1 - _fraction(share[1]))
         others = np.setdiff1d(np.arange(len(slide)), masked)
@@ -239,8 +242,11 @@ def masked_spots(coords: npt.NDArray[Any], masked: float) -> npt.NDArray[np.int6
     """
     from scipy.spatial import KDTree
 
+    count = int(len(coords) * masked)
+    if count == 0:  # a slide of one spot
+        return np.empty(0, np.int64)
     rightmost = coords[np.argmax(coords[:, 0])]
-    _, nearest = KDTree(coords).query(rightmost, k=[*range(1, int(len(coords) * masked) + 1)])
+    _, nearest = KDTree(coords).query(rightmost, k=[*range(1, count + 1)])
     return np.sort(np.asarray(nearest, np.int64))
 
 

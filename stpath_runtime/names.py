@@ -23,7 +23,7 @@ def listed_names(text: str, option: str, noun: str) -> list[str]:
     """
     path = Path(text)
     if path.suffix.lower() not in (".txt", ".json"):
-        if path.exists():
+        if "," not in text and path.exists():  # a list may be longer than any name of a file
             raise InputError(f"{option} {path}: give names in a .txt file, one a line, or in a .json file")
         names = text.split(",")
     elif not path.is_file():

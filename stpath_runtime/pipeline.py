@@ -32,6 +32,7 @@ from .targets import slide_name
 
 READ_AHEAD = 4  # slides that are read while one is run
 WRITE_BEHIND = 4  # slides that may wait to be written
+LISTS = (".txt", ".json", ".csv")  # files of barcodes
 SMALL = 1_024  # spots: smaller slides are run together, up to so many
 TOGETHER = 4 * SMALL
 
@@ -254,7 +255,7 @@ def _identity(engine: Engine, settings: Settings) -> dict[str, Any]:
     for free in ("memory", "resume"):
         del kept[free]
     chosen = settings.context_spots
-    if chosen is not None and Path(chosen).is_file():
+    if chosen is not None and Path(chosen).suffix.lower() in LISTS and Path(chosen).is_file():
         kept["context_spots"] = version(chosen)
     return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def choose_targets(slides: Sequence[Path], out: Path, form: Format | None) -> li
     """
     if form is Format.SPATIALDATA:
         require_spatialdata()
+    if re.match(r"\w+:/", str(out)):  # Path has made one slash of two
+        raise InputError(f"--out {out}: a URL; give a path, or run the slides with stpath run, which writes to URLs")
     if out.name in ("", ".h5ad", ".zarr"):
         raise InputError(f"--out {str(out)!r}: no name; give a .h5ad or .zarr, or a folder")
     if out.suffix == ".zarr" or (out.suffix == ".h5ad" and not out.is_dir()):

@@ -81,6 +81,13 @@ def test_predict_one_slide_to_one_file(slide_file, tiny_engine, stpath, tmp_path
     assert adata.uns["stpath"]["organ"] == "Others"
 
 
+def test_predict_genes_whose_list_is_longer_than_the_name_of_a_file(slide_file, tiny_engine, stpath, tmp_path):
+    genes = [f"GENE{i}" for i in range(100)]
+    out = tmp_path / "p.h5ad"
+    assert stpath("predict", slide_file, "--engine", tiny_engine, "--out", out, "--genes", ",".join(genes))[0] == 0
+    assert list(anndata.read_h5ad(tmp_path / "p.h5ad").var_names) == genes
+
+
 def test_predict_all_genes_and_a_text_panel(slide_file, tiny_engine, stpath, tmp_path):
     panel = tmp_path / "panel.txt"
     panel.write_text("GENE9\n\nENSG00000000011\n")
@@ -162,6 +169,7 @@ def test_a_fault_in_the_call_is_one_line(slide_file, tiny_engine, stpath, tmp_pa
     assert_refused(predict(out=Path()), "no name")
     assert_refused(predict(out=Path("/proc/x.h5ad")), "/proc/x.h5ad: cannot be written")
     assert_refused(predict(out=slide_file.parent / "s1.h5"), "ends in .h5ad")
+    assert_refused(predict(out="s3://bucket/p.h5ad"), "a URL; give a path, or run the slides with stpath run")
     table = tmp_path / "genes.csv"
     table.write_text("GENE1")
     assert_refused(predict("--genes", table), "genes.csv", ".txt")

@@ -128,6 +128,17 @@ def test_what_is_whole_and_of_the_same_settings_is_skipped(run, cohort, tmp_path
     assert "S0.h5ad exists and is no prediction of stpath" in err
 
 
+def test_a_long_list_of_context_spots_and_what_a_file_of_them_says_counts(run, cohort, tmp_path):
+    write_context(Context([f"spot{i}" for i in range(300)], np.ones((300, 1)), ["GENE7"]), cohort / "counts.h5ad")
+    assert run("--context-spots", ",".join(f"spot{i}" for i in range(100)))[0] == 0
+    assert anndata.read_h5ad(tmp_path / "out" / "S1.h5ad").obs["context"].sum() == 100
+    (tmp_path / "spots.txt").write_text("spot1\nspot2\n")
+    assert run("--context-spots", tmp_path / "spots.txt")[0] == 0
+    (tmp_path / "spots.txt").write_text("spot1\n")
+    assert run("--context-spots", tmp_path / "spots.txt")[0] == 0
+    assert anndata.read_h5ad(tmp_path / "out" / "S1.h5ad").obs["context"].sum() == 1
+
+
 def test_a_failing_slide_stops_no_other(run, cohort, tmp_path):
     (cohort / "S0.h5").write_text("no slide")
     write_slide(Slide([[0, 0]], [[1.0, 2.0]]), cohort / "S3.h5")

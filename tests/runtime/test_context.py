@@ -115,6 +115,21 @@ def test_spots_by_name_and_by_mask(tmp_path):
         np.testing.assert_array_equal(found.counts.toarray(), [[7], [3]])
 
 
+def test_a_share_of_one_spot_is_that_spot():
+    one = Slide([[3, 4]], np.ones((1, 3)), ["spot7"])
+    assert choose_spots(FULL, one, "5%").ids == ["spot7"]
+
+
+def test_a_list_longer_than_the_name_of_a_file():
+    assert choose_spots(FULL, SECTION, ",".join(BARCODES)).ids == BARCODES
+
+
+def test_a_spot_that_has_two_rows_of_counts_is_refused():
+    twice = Context(["spot1", "spot2", "spot1"], [[1], [2], [3]], ["GENE1"])
+    with pytest.raises(InputError, match="context of s2: spot 'spot1' stands twice"):
+        choose_spots(twice, SECTION, "spot1,spot2")
+
+
 def test_spots_without_counts_are_told_of():
     few = Context(BARCODES[:150], np.ones((150, 1)), ["GENE1"])
     with pytest.warns(InputWarning, match="of the 100 spots that 50% chooses have no counts"):
