@@ -12,6 +12,9 @@ import spatialdata
 from helpers import write_slide
 from stpath_runtime import Context, Engine
 from stpath_runtime.cli import main
+from stpath_runtime.decoding import add_genes
+from stpath_runtime.errors import InputWarning
+from stpath_runtime.output import Format
 
 READ = {
     "p.h5ad": anndata.read_h5ad,
@@ -86,12 +89,45 @@ def test_into_another_file_and_what_was_measured_stays(engine, slide, tiny_engin
         "--out",
         tmp_path / "more.zarr",
     ]
+    with pytest.warns(InputWarning, match="context spots hold measured values"):
+        add_genes(engine, tmp_path / "p.h5ad", ["GENE6"], tmp_path / "more.h5ad", Format.H5AD, np.float32)
     assert main([*map(str, words)]) == 0
     assert anndata.read_h5ad(tmp_path / "p.h5ad").n_vars == 1
     found = anndata.read_zarr(tmp_path / "more.zarr")
     assert list(found.var_names) == ["GENE5", "GENE6"]
     assert found.X[4, 0] == pytest.approx(np.log1p(7))
     assert found.obs["context"].sum() == 1
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_others_added_is_not_lost(name, predicted, tiny_engine, tmp_path, capsys):
+    path = predicted(name, "--embeddings")
+    if name == "sd.zarr":
+        data = spatialdata.read_zarr(path)
+        data["he"] = spatialdata.models.Image2DModel.parse(np.zeros((3, 8, 8), np.uint8), dims="cyx")
+        data.write_element("he")
+        added = "images/he"
+    else:
+        adata = READ[name](path)
+        adata.obs["cluster"], adata.var["variable"] = "a", True
+        adata.layers["scaled"], adata.uns["leiden"] = adata.X, {"resolution": 1}
+        getattr(adata, "write_h5ad" if name == "p.h5ad" else "write_zarr")(path)
+        added = "uns/leiden, layers/scaled, var/variable"
+    words = ["decode", path, "--engine", tiny_engine, "--genes", "GENE1"]
+    err = refused(capsys, *words)
+    assert f"{path}: holds what stpath did not write and would not keep ({added}); give --out" in err
+    assert main([*map(str, [*words, "--out", tmp_path / "more.h5ad"])]) == 0
+    found = anndata.read_h5ad(tmp_path / "more.h5ad")
+    assert list(found.var_names) == ["GENE3", "GENE5", "GENE9", "GENE1"]
+    assert ("cluster" in found.obs) == (name != "sd.zarr")
+
+
+def test_an_archive_is_read_and_not_written_anew(predicted, tiny_engine, tmp_path, capsys):
+    archive = shutil.make_archive(str(tmp_path / "p.zarr"), "zip", predicted("p.zarr", "--embeddings"))
+    words = ["decode", archive, "--engine", tiny_engine, "--genes", "GENE1"]
+    assert "an archive, which is not written anew; give --out" in refused(capsys, *words)
+    assert main([*map(str, [*words, "--out", tmp_path / "more.zarr"])]) == 0
+    assert anndata.read_zarr(tmp_path / "more.zarr").n_vars == 4
 
 
 def test_faults(predicted, tiny_engine, tmp_path, capsys):
