@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from .sources import KINDS, Parts, Source
 FEATURES = ("embeddings", "features")  # STPath and HEST; TRIDENT and CLAM
 BARCODES = ("barcodes", "barcode")
 MOST_LINKS = 100_000
+HEAP = b"GCOL\x01\0\0\0"  # how a global heap begins, in which HDF5 keeps texts
+LARGEST_SEARCHED = 2**30  # bytes
 
 
 @contextmanager
@@ -31,10 +34,36 @@ def open_hdf5(path: Path) -> Iterator[Source]:
     import h5py
 
     with reading(path):
+        _check_heaps(path)
         file = h5py.File(path, "r")
     with file:
         _check_links(file, path)
         yield Hdf5Source(path, file)
+
+
+def _check_heaps(path: Path) -> None:
+    """Refuse a heap of texts of which an object has no size or too much: HDF5 walks round in it without end.
+
+    Format: HDF5 file format specification, III.E, global heap. Files above LARGEST_SEARCHED are not searched: of those
+    little is read, and to read all of them would take longer than the rest.
+    """
+    size = path.stat().st_size
+    if not 0 < size <= LARGEST_SEARCHED:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        heap = data.find(HEAP)
+        while heap >= 0:
+            at, end = heap + 16, min(heap + int.from_bytes(data[heap + 8 : heap + 16], "little"), size)
+            while at + 16 <= end:
+                index = int.from_bytes(data[at : at + 2], "little")
+                length = int.from_bytes(data[at + 8 : at + 16], "little")
+                step = 16 + -(-length // 8) * 8 if index else length  # object 0 is what is free, its header included
+                if not 16 <= step <= end - at:
+                    raise InputError(
+                        f"{path}: damaged (an object of {length:,} bytes in a heap of text); copy it again"
+                    )
+                at += step
+            heap = data.find(HEAP, heap + 8)
 
 
 class Hdf5Source(Source):

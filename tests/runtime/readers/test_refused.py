@@ -336,3 +336,15 @@ def test_tables_of_tiles_that_are_bombs(tmp_path):
     pq.write_table(pa.table({"tile_id": zeros, "x": zeros, "y": zeros}), tiles)
     assert tiles.stat().st_size < 100_000
     assert_refused(path, "'shapes/tiles/shapes.parquet' declares 120,000,000 bytes")
+
+
+@pytest.mark.parametrize("length", [0, 8, 2**64 - 16])
+def test_a_heap_of_texts_in_which_hdf5_would_walk_without_end(length, tmp_path):
+    path = write_anndata(make_anndata(), tmp_path / "s.h5ad")
+    content = bytearray(path.read_bytes())
+    at = content.find(b"GCOL") + 16
+    while content[at : at + 2] != b"\0\0":  # up to the object that is what is free
+        at += 16 + -(-int.from_bytes(content[at + 8 : at + 16], "little") // 8) * 8
+    content[at + 8 : at + 16] = length.to_bytes(8, "little")
+    path.write_bytes(content)
+    assert_refused(path, "damaged .an object of .* bytes in a heap of text")
