@@ -20,6 +20,7 @@ from .targets import slide_name
 from .vocabulary import nearest_names, organ_token, technology_token
 
 COLUMNS = ("slide", "organ", "technology", "context")
+SUMMARY_COLUMNS = ("slide", "output", "status", "spots", "seconds", "warnings")
 ENDINGS = (".h5", ".hdf5", ".h5ad", ".zarr", ".zarr.zip")  # of what is taken from a folder
 FAILURES, SUMMARY, LOCK = "failures.csv", "summary.csv", ".stpath.lock"
 
@@ -65,7 +66,7 @@ def read_cohort(
     """
     if form is Format.SPATIALDATA:
         require_spatialdata()
-    rows = _manifest(source) if source.lower().endswith(".csv") else [(f, {}) for f in _folder(source)]
+    rows = _manifest(source) if source.lower().endswith(".csv") else [(f, {}) for f in _folder(source, out)]
     jobs: dict[str, Job] = {}
     for slide, row in rows:
         target = join(out, f"{slide_name(slide)}{form.suffix}")
@@ -105,6 +106,7 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
         If the engine or the settings are at fault, the folder cannot be written, or another run is at work in it.
     """
     outcomes: list[Outcome] = []
+    earlier = _summary(out)
     with _alone_in(out), cohort_progress(len(jobs)) as progress:
         try:
             with closing(_outcomes(jobs, settings, cluster, progress.watch)) as found:
@@ -112,7 +114,7 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
                     outcomes.append(outcome)
                     progress(outcome)
         finally:  # a run that is stopped tells of what it did
-            _write_tables(outcomes, out)
+            _write_tables(jobs, outcomes, earlier, out)
     return _totals(outcomes, progress.seconds())
 
 
@@ -177,7 +179,7 @@ def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         header = [name.strip() for name in reader.fieldnames or []]
-        rows = list(reader)
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise InputError(f"{source}: not a CSV file ({error})") from error
     if "slide" not in header or len(set(header)) < len(header):
@@ -186,16 +188,16 @@ def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
         if name not in COLUMNS:
             near = nearest_names(name, COLUMNS)
             warnings.warn(f"{source}: the column {name!r} is not read{near}; {COLUMNS} are", InputWarning, stacklevel=3)
-    return [_row(row, source, line) for line, row in enumerate(rows, 2)]
+    return [_row(row, source, line) for line, row in rows]
 
 
 def _row(row: dict[str | None, Any], source: str, line: int) -> tuple[str, dict[str, str]]:
     if None in row or None in row.values():
-        raise InputError(f"{source}: row {line} has not as many fields as the header; quote those that hold a comma")
+        raise InputError(f"{source}: line {line} has not as many fields as the header; quote those that hold a comma")
     told = {str(name).strip(): value.strip() for name, value in row.items() if value.strip()}
     slide = told.pop("slide", "")
     if not slide_name(slide).strip("."):
-        raise InputError(f"{source}: row {line} names no slide ({slide!r}); give a path or URL")
+        raise InputError(f"{source}: line {line} names no slide ({slide!r}); give a path or URL")
     if "context" in told:
         told["context"] = _beside(source, told["context"])
     return _beside(source, slide), told
@@ -208,12 +210,15 @@ def _beside(source: str, path: str) -> str:
     return join(source.rsplit("/", 1)[0], path) if is_url(source) else str(Path(source).parent / path)
 
 
-def _folder(source: str) -> list[str]:
+def _folder(source: str, out: str) -> list[str]:
     if is_url(source):
         raise InputError(f"{source}: give a manifest (.csv) of URLs; only a folder of this machine is listed")
     folder = Path(source)
     if not folder.is_dir():
-        raise InputError(f"{source}: no such folder, and no manifest (.csv)")
+        what = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{source}: {what}, and no manifest (.csv); give one of both, or one slide to stpath predict")
+    if _place(source) == _place(out):
+        raise InputError(f"--out {out}: the folder of the slides, of which results would be slides; choose another")
     found = (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
     return [str(entry) for entry in found if entry.name.lower().endswith(ENDINGS)]
 
@@ -222,16 +227,36 @@ def _place(path: str) -> str:
     return path.rstrip("/") if is_url(path) else str(Path(path).resolve())
 
 
-def _write_tables(outcomes: Sequence[Outcome], out: str) -> None:
-    """Write summary.csv and, where slides failed, failures.csv."""
-    head = ("slide", "output", "status", "spots", "seconds", "warnings")
-    rows = [[o.slide, o.output, o.status, o.spots or "", o.seconds or "", "; ".join(o.warnings)] for o in outcomes]
-    _write_csv(join(out, SUMMARY), head, rows)
+def _summary(out: str) -> dict[str, list[str]]:
+    """Rows of the summary of an earlier run, by output; none where there is none, or it is none of ours."""
+    try:
+        with fetched(join(out, SUMMARY)) as path:
+            head, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
+    except (InputError, OSError, ValueError, csv.Error):
+        return {}
+    return {row[1]: row for row in rows if len(row) == len(SUMMARY_COLUMNS)} if tuple(head) == SUMMARY_COLUMNS else {}
+
+
+def _write_tables(jobs: Sequence[Job], outcomes: Sequence[Outcome], earlier: dict[str, list[str]], out: str) -> None:
+    """Write summary.csv and, where slides failed, failures.csv.
+
+    Of slides that were skipped, or that a run which was stopped did not come to, the summary keeps what it said.
+    """
+    found = {outcome.output: _summary_row(outcome, earlier.get(outcome.output)) for outcome in outcomes}
+    rows = [row for job in jobs if (row := found.get(job.target, earlier.get(job.target))) is not None]
+    _write_csv(join(out, SUMMARY), SUMMARY_COLUMNS, rows)
     failed = [[o.slide, o.reason] for o in outcomes if o.status == "failed"]
     if failed:
         _write_csv(join(out, FAILURES), ("slide", "reason"), failed)
     elif not is_url(out):
         remove(Path(out) / FAILURES)  # of an earlier run
+
+
+def _summary_row(outcome: Outcome, earlier: list[str] | None) -> list[Any]:
+    if outcome.status == "skipped" and earlier is not None:
+        return [*earlier[:2], outcome.status, *earlier[3:]]
+    o = outcome
+    return [o.slide, o.output, o.status, o.spots or "", o.seconds or "", "; ".join(o.warnings)]
 
 
 def _write_csv(path: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from helpers import write_context, write_slide
 from stpath_runtime import Context, Engine, InputError, Slide, pipeline
 from stpath_runtime.cli import main
-from stpath_runtime.cohort import LOCK, read_cohort
+from stpath_runtime.cohort import LOCK, read_cohort, run_cohort
 from stpath_runtime.errors import InputWarning
 from stpath_runtime.output import Format
 from stpath_runtime.pipeline import Settings, run_jobs
+from stpath_runtime.progress import CohortProgress
 from stpath_runtime.targets import slide_name
 
 SIZES = (61, 300, 1500, 1, 90)
@@ -139,6 +140,27 @@ def test_a_long_list_of_context_spots_and_what_a_file_of_them_says_counts(run, c
     assert anndata.read_h5ad(tmp_path / "out" / "S1.h5ad").obs["context"].sum() == 1
 
 
+def test_the_summary_keeps_what_it_said_of_slides_that_are_skipped(run, cohort, tiny_engine, tmp_path, monkeypatch):
+    summary = tmp_path / "out" / "summary.csv"
+    write_context(Context(["spot5", "spot6"], [[3.5], [4]], ["GENE7"]), cohort / "counts.h5ad")
+    assert run()[0] == 0
+    before = rows(summary)
+    assert run()[0] == 0
+    assert rows(summary) == [{**row, "status": "skipped"} for row in before]
+    assert "no whole numbers" in rows(summary)[1]["warnings"]
+    # A run that is stopped says nothing new of the slides that it did not come to.
+    jobs = read_cohort(str(cohort / "manifest.csv"), str(tmp_path / "out"), Format.H5AD)
+    monkeypatch.setattr(CohortProgress, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_cohort(jobs, str(tmp_path / "out"), Settings(str(tiny_engine), genes=["GENE1"]))
+    assert [row["spots"] for row in rows(summary)] == [row["spots"] for row in before]
+    assert [row["status"] for row in rows(summary)] == ["done", *["skipped"] * (len(SIZES) - 1)]
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_failing_slide_stops_no_other(run, cohort, tmp_path):
     (cohort / "S0.h5").write_text("no slide")
     write_slide(Slide([[0, 0]], [[1.0, 2.0]]), cohort / "S3.h5")
@@ -220,10 +242,11 @@ def test_what_a_killed_run_left_is_removed(run, tmp_path):
         ("path\nS0.h5\n", "first line names the columns"),
         ("slide,slide\nS0.h5,S1.h5\n", "each once"),
         ("slide\n", "no slides"),
-        ("slide,organ\nS0.h5\n", "row 2 has not as many fields"),
-        ("slide\nS0.h5,S1.h5\n", "row 2 has not as many fields"),
-        ("slide,organ\n,Brain\n", "row 2 names no slide"),
-        ("slide\n..\n", "row 2 names no slide"),
+        ("slide,organ\nS0.h5\n", "line 2 has not as many fields"),
+        ("slide\nS0.h5,S1.h5\n", "line 2 has not as many fields"),
+        ("slide,organ\n,Brain\n", "line 2 names no slide"),
+        ("slide\n..\n", "line 2 names no slide"),
+        ("slide\n\n\nS0.h5\n/\n", "line 5 names no slide"),
         ("slide,organ\nS0.h5,Brian\n", "unknown organ 'Brian' .did you mean Brain"),
         ("slide,technology\nS0.h5,Visum\n", "unknown technology 'Visum'"),
         ("slide\nS0.h5\nother/S0.h5\n", "S0.h5 and .*other/S0.h5 would both be"),
@@ -255,7 +278,10 @@ def test_faulty_calls(run, cohort, tmp_path):
     assert "no such folder, and no manifest" in refused(source=tmp_path / "none")
     assert "unknown gene" in refused("--genes", "GENEX")
     assert "needs the number of neighbors" in refused("--attention", "knn")
-    assert "would overwrite an input" in refused("--out", cohort, source=cohort)
+    assert "the folder of the slides, of which results would be slides" in refused("--out", cohort, source=cohort)
+    assert "S0.h5: a file, and no manifest" in refused(source=cohort / "S0.h5")
+    (cohort / "counts.csv").write_text("slide\ncounts.h5ad\n")
+    assert "would overwrite an input" in refused("--out", cohort, source=cohort / "counts.csv")
     (tmp_path / "file").write_text("")
     assert "a file stands there" in refused("--out", tmp_path / "file")
     (cohort / "bare.csv").write_text("slide\nS0.h5\n")

@@ -60,6 +60,23 @@ def test_a_cohort_by_url(form, place, tiny, tiny_engine, tmp_path, capsys):
     assert statuses() == ["done", "failed"]
 
 
+def test_messages_name_the_url_and_not_the_copy(place, tiny, tiny_engine, tmp_path, capsys):
+    url, files = place
+    _, slide, _ = tiny.slides()[0]
+    files.makedirs(f"{url}/in")
+    files.put_file(str(write_slide(slide, tmp_path / "s.h5")), f"{url}/in/s.h5")
+    counts = Context(slide.obs_names[:1], [[0.5]], ["GENE1"])
+    files.put_file(str(write_context(counts, tmp_path / "c.h5ad")), f"{url}/in/c.h5ad")
+    files.pipe_file(f"{url}/in/bad.h5", b"no slide")
+    (tmp_path / "m.csv").write_text(f"slide,context\n{url}/in/s.h5,{url}/in/c.h5ad\n{url}/in/bad.h5,\n")
+    words = ["run", tmp_path / "m.csv", "--engine", tiny_engine, "--out", tmp_path / "out", "--genes", "GENE1"]
+    assert main([*map(str, words)]) == 1
+    err = capsys.readouterr().err
+    assert f"warning: {url}/in/s.h5: context of {url}/in/s.h5: 100% of the counts" in err
+    assert f"failed: {url}/in/bad.h5: not an HDF5 file" in err
+    assert "stpath-" not in err
+
+
 def test_what_is_sent_in_part_does_not_look_whole(place, tmp_path, monkeypatch):
     url, files = place
     seen: list[str] = []
