@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..context import Context
 from ..errors import InputError
@@ -16,10 +15,7 @@ from .sources import Source
 from .spatial import is_spatialdata, read_spatialdata
 from .zarrs import ZarrSource
 
-if TYPE_CHECKING:
-    from anndata import AnnData
-
-__all__ = ["BARCODES", "open_prediction", "read_context", "read_facts", "read_prediction", "read_slide"]
+__all__ = ["BARCODES", "open_prediction", "read_context", "read_facts", "read_slide"]
 
 
 def read_slide(
@@ -88,19 +84,6 @@ def read_context(path: str | Path) -> Context:
     if counts is None:
         raise InputError(f"{path}: holds no X; expected raw counts there")
     return Context(ids=list(spots), counts=counts, genes=list(genes))
-
-
-def read_prediction(path: str | Path) -> AnnData:
-    """Read a prediction whole: h5ad, zarr or SpatialData that `stpath predict` wrote.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged or no prediction.
-    """
-    with open_prediction(path) as (adata, x):
-        adata.X = x[:]
-    return adata
 
 
 def _require_anndata(source: Source, what: str) -> None:

@@ -28,7 +28,7 @@ from readers_helpers import BARCODES, COORDS, FEATURES, HDF5_FAULTS
 
 from stpath_runtime import InputError, InputWarning, Slide, read_slide
 from stpath_runtime.manifest import Manifest
-from stpath_runtime.readers import read_context, read_prediction
+from stpath_runtime.readers import open_prediction, read_context
 from stpath_runtime.vocabulary import GeneVocabulary
 
 GIB = 2**30
@@ -196,7 +196,8 @@ def read(path: Path, rng: random.Random, mutated: bool) -> None:
         rows = read_context(path).resolve(SLIDE, GENES)
         assert rows.log_counts.shape == (len(rows.spots), len(rows.tokens))
     elif path.name.startswith("prediction"):
-        adata = read_prediction(path)
+        with open_prediction(path) as (adata, x):
+            adata.X = x[:]
         assert isinstance(adata.uns["stpath"], dict)
         assert len(adata.obsm["spatial"]) == adata.n_obs > 0
     elif path.name == "engine.json":

@@ -17,6 +17,8 @@ from shapely import box
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 
+from stpath_runtime.readers import open_prediction
+
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((5, 8)).astype(np.float32)
 COORDS = np.array([[0, 512], [512, 0], [1024, 512], [512, 1024], [2048, 256]])
@@ -173,3 +175,10 @@ HDF5_FAULTS = {  # name -> put it into a group under a name
     "circle": _circle,
     "nowhere": lambda group, name: group.__setitem__(name, h5py.SoftLink("/nowhere")),
 }
+
+
+def read_prediction(path):
+    """All of a prediction, X too."""
+    with open_prediction(path) as (adata, x):
+        adata.X = x[:]
+    return adata

@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 import zarr
 from anndata import AnnData
-from readers_helpers import BARCODES, COORDS, FEATURES, make_anndata, write_anndata, write_hdf5
+from readers_helpers import BARCODES, COORDS, FEATURES, make_anndata, read_prediction, write_anndata, write_hdf5
 from scipy.sparse import csc_matrix, csr_matrix
 
 from stpath_runtime import InputError, read_slide
-from stpath_runtime.readers import read_context, read_prediction
+from stpath_runtime.readers import read_context
 
 KINDS = ("s.h5ad", "s.v2.zarr", "s.v3.zarr", "s.v2.zarr.zip", "s.v3.zarr.zip")
 

@@ -24,13 +24,14 @@ from readers_helpers import (
     HDF5_FAULTS,
     HUGE,
     make_anndata,
+    read_prediction,
     write_anndata,
     write_hdf5,
     write_spatialdata,
 )
 
 from stpath_runtime import InputError, read_slide
-from stpath_runtime.readers import checks, read_context, read_prediction
+from stpath_runtime.readers import checks, read_context
 
 
 @pytest.fixture(autouse=True)
