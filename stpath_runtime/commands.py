@@ -48,8 +48,11 @@ Neighbors = Annotated[int | None, typer.Option(metavar="K", help="With knn: atte
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to take, such as 6G; left out: half of what there is.")
 ]
-Backend = Annotated[str, typer.Option(help="What runs the engine.")]
+Backend = Annotated[str, typer.Option(help="What runs the engine: onnxruntime, openvino, tensorrt or tensorrt_rtx.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda:N.")]
+Precision = Annotated[
+    str | None, typer.Option(metavar="fp32|fp16|bf16", help="What to compute in; left out: the engine's own.")
+]
 Embeddings = Annotated[bool, typer.Option("--embeddings", help="Keep the embedding, to decode other genes later.")]
 Form = Annotated[
     Format | None, typer.Option("--format", help="What to write; left out: by the name, zarr where X is above 2 GiB.")
@@ -75,6 +78,7 @@ def predict(
     memory: Memory = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
+    precision: Precision = None,
     embeddings: Embeddings = False,
     form: Form = None,
     dtype: Type = DType.FLOAT32,
@@ -96,7 +100,7 @@ def predict(
     how: dict[str, Any] = {"genes": names, "attention": attention, "neighbors": neighbors}
     how |= {"embeddings": embeddings, "fill_context": fill_context}
     how["memory"] = parse_bytes(memory) if memory is not None else None
-    loaded = Engine.load(engine, backend=backend, device=device)
+    loaded = Engine.load(engine, backend=backend, device=device, precision=precision)
     n_genes = len(loaded.panel(names)[0])
     counts = read_context(context) if context is not None else None
 
@@ -130,6 +134,7 @@ def decode(
     ] = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
+    precision: Precision = None,
     form: Form = None,
     dtype: Type = DType.FLOAT32,
 ) -> None:
@@ -138,7 +143,7 @@ def decode(
     from .engine import Engine
 
     target, chosen = _decoded_target(prediction, out, form)
-    loaded = Engine.load(engine, backend=backend, device=device)
+    loaded = Engine.load(engine, backend=backend, device=device, precision=precision)
     names = _gene_names(genes)
     with progress_bar(f"write {target.name}") as on_tile:
         spots, added, kept = add_genes(loaded, prediction, names, target, chosen, dtype.value, on_tile)
@@ -166,6 +171,7 @@ def run(
     memory: Memory = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
+    precision: Precision = None,
     embeddings: Embeddings = False,
     form: Annotated[Format, typer.Option("--format", help="What to write.")] = Format.H5AD,
     dtype: Type = DType.FLOAT32,
@@ -188,6 +194,7 @@ def run(
         engine=str(engine),
         backend=backend,
         device=device,
+        precision=precision,
         genes=_gene_names(genes),
         features_key=features_key,
         context_spots=context_spots,
@@ -221,6 +228,7 @@ def fidelity(
     memory: Memory = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
+    precision: Precision = None,
 ) -> None:
     """Measure, for each k, what kNN attention changes against the way that the model was trained."""
     from .engine import Engine
@@ -233,7 +241,7 @@ def fidelity(
     require_matplotlib()
     counts = _whole_numbers(neighbors)
     size = parse_bytes(memory) if memory is not None else None
-    loaded = Engine.load(engine, backend=backend, device=device)
+    loaded = Engine.load(engine, backend=backend, device=device, precision=precision)
     read = read_slide(slide, organ=organ, technology=tech, features_key=features_key)
     with progress_bar(slide.name) as on_step:
         found = measure_fidelity(loaded, read, counts, size, on_step)

@@ -34,7 +34,10 @@ from .vocabulary import MASK_TOKEN
 
 Floats = npt.NDArray[Any]
 
-DTYPES = {"fp32": np.float32, "fp16": np.float16}  # what passes between the stages, by precision
+# What passes between the stages, by precision. In bf16 x stays in float32, and k and v are bfloat16, which NumPy does
+# not have: their bits.
+DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float32}
+KV_DTYPES = {**DTYPES, "bf16": np.uint16}
 # A tile reads all its keys once for its queries: 1,024 queries make hundreds of operations of each number read, more
 # than any processor needs to be kept busy. Larger tiles cost memory and win nothing.
 ENOUGH_ROWS = 1024
@@ -182,10 +185,11 @@ def encode(
     InputError
         If the memory is too small for one tile.
     """
-    dtype, n, d = DTYPES[precision], keys.rows, model.d_model
+    dtype, kv_dtype, n, d = DTYPES[precision], KV_DTYPES[precision], keys.rows, model.d_model
     memory = memory if memory is not None else backend.available_memory() // 2
-    size = tile or tile_rows(keys, model, np.dtype(dtype).itemsize, memory, spots.name)
-    x, k, v = (np.empty((n, d), dtype) for _ in range(3))
+    kept = n * d * (np.dtype(dtype).itemsize + 4 * np.dtype(kv_dtype).itemsize)  # x, k, v, and the next k and v
+    size = tile or tile_rows(keys, model, kept, memory, spots.name)
+    x, k, v = (np.empty((n, d), kind) for kind in (dtype, kv_dtype, kv_dtype))
     done, total = 0, n * (1 + model.n_layers)
 
     def tick(rows: slice) -> None:
@@ -220,15 +224,14 @@ def encode(
     return embedding
 
 
-def tile_rows(keys: Keys, model: ModelConfig, itemsize: int, memory: int, name: str) -> int:
-    """Rows of a tile: as many as pay, if what is kept and the tile fit the memory.
+def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str) -> int:
+    """Rows of a tile: as many as pay, if the bytes that are kept and the tile fit the memory.
 
     Raises
     ------
     InputError
         If not even the smallest tile fits; the message gives the least that works.
     """
-    kept = 5 * keys.rows * model.d_model * itemsize  # x, k, v, and the next k and v
     # Beside its keys, a row of a tile has activations: x, q, attention, mlp (twice), k, v; and its features.
     row_bytes = keys.row_bytes + (6 * model.d_model + 2 * model.d_mlp + model.n_features) * 4
     fit = (memory - kept) // row_bytes // keys.unit * keys.unit

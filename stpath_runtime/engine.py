@@ -30,18 +30,23 @@ if TYPE_CHECKING:
 class Engine:
     """Predicts gene expression with an engine directory; make one with `Engine.load`."""
 
-    def __init__(self, path: Path, manifest: Manifest, vocabulary: GeneVocabulary, backend: Backend) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, vocabulary: GeneVocabulary, backend: Backend, precision: str | None = None
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.vocabulary = vocabulary
         self.backend = backend
+        self.precision = precision or manifest.precision  # what the backend computes in
         self._approximation_told = False
 
     def __repr__(self) -> str:
-        return f"Engine({str(self.path)!r}, {self.manifest.precision}, {self.backend.name} on {self.backend.device})"
+        return f"Engine({str(self.path)!r}, {self.precision}, {self.backend.name} on {self.backend.device})"
 
     @classmethod
-    def load(cls, path: str | Path, *, backend: str = "onnxruntime", device: str = "cpu") -> Engine:
+    def load(
+        cls, path: str | Path, *, backend: str = "onnxruntime", device: str = "cpu", precision: str | None = None
+    ) -> Engine:
         """Load an engine directory and check its manifest and the hash of every file.
 
         Parameters
@@ -50,11 +55,14 @@ class Engine:
             What runs the graphs; see `stpath_runtime.backends.BACKENDS`.
         device
             "cpu" or "cuda:N". What is asked for runs, or an error is raised.
+        precision
+            What to compute in: "bf16" by the backend "openvino" on CPUs that have it; None means the engine's own.
 
         Raises
         ------
         InputError
-            If the engine is missing, damaged or newer than this package, or the backend or device is not there.
+            If the engine is missing, damaged or newer than this package, the backend or device is not there, or
+            it lacks the precision.
         """
         path = Path(path)
         manifest = Manifest.read(path)
@@ -65,7 +73,8 @@ class Engine:
                 f"{path}: the model has {manifest.model.n_tokens:,} gene tokens, its vocabulary "
                 f"{vocabulary.n_tokens:,}; export the engine again"
             )
-        return cls(path, manifest, vocabulary, open_backend(backend, path, device))
+        opened = open_backend(backend, path, device, manifest.precision, precision)
+        return cls(path, manifest, vocabulary, opened, precision)
 
     def embed(
         self,
@@ -117,7 +126,7 @@ class Engine:
         """Embeddings of slides, by one row of calls."""
         spots = Spots.of(slides, contexts)
         keys = self.keys(slides, spots, attention, neighbors)
-        model, precision = self.manifest.model, self.manifest.precision
+        model, precision = self.manifest.model, self.precision
         embedding = encoder.encode(self.backend, model, precision, spots, keys, memory, on_tile=on_tile)
         return np.split(embedding, np.cumsum([len(slide) for slide in slides])[:-1])
 
@@ -206,7 +215,7 @@ class Engine:
         embedding = self.check_embedding(embedding, "embedding")
         tokens = self.vocabulary.tokens(genes) if genes is not None else self.vocabulary.all_tokens()
         expression = np.empty((len(embedding), len(tokens)), np.float32)
-        for spots, columns, values in encoder.decode(self.backend, self.manifest.precision, embedding, tokens):
+        for spots, columns, values in encoder.decode(self.backend, self.precision, embedding, tokens):
             expression[spots, columns] = values
             if on_tile is not None:
                 on_tile(columns.start * len(embedding) + values.shape[1] * spots.stop, expression.size)
@@ -337,7 +346,7 @@ class Engine:
             "neighbors": neighbors,
             "trained_attention": model.attention,
             "trained_neighbors": model.neighbors,
-            "precision": self.manifest.precision,
+            "precision": self.precision,
             "backend": self.backend.name,
             "device": self.backend.device,
             "organ": slide.organ or "",

@@ -42,7 +42,7 @@ class Prediction:
         kept = self.frame.n_vars - len(self.tokens)
         if kept:
             yield from _copied(self.earlier)
-        precision = self.engine.manifest.precision
+        precision = self.engine.precision
         for spots, genes, values in encoder.decode(self.engine.backend, precision, self.embedding, self.tokens):
             if self.measured is not None:
                 _fill(values, spots, self.tokens[genes], self.measured)

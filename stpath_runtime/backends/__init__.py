@@ -12,7 +12,8 @@ import numpy.typing as npt
 from ..errors import InputError
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+PRECISIONS = ("fp32", "fp16", "bf16")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 class Backend(Protocol):
@@ -30,14 +31,37 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(name: str, engine: Path, device: str) -> Backend:
-    """Open an engine's graphs with the backend and on the device that are asked for, and no other.
+def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", precision: str | None = None) -> Backend:
+    """Open an engine's graphs with the backend, on the device and in the precision that are asked for, and no other.
+
+    Parameters
+    ----------
+    stored
+        The engine's own precision: the type of its weights.
+    precision
+        What to compute in; None means the engine's own.
 
     Raises
     ------
     InputError
-        If the backend is unknown or not installed, or the device is not there.
+        If the backend is unknown or not installed, the device is not there, or either lacks the precision.
     """
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    if name == "openvino":
+        from .openvino import OpenVinoBackend
+
+        if stored != "fp32":
+            raise InputError(
+                f"{engine}: an {stored} engine; the backend openvino takes fp32 engines alone, and rounds by itself: "
+                "export one with --precision fp32, then give --precision bf16"
+            )
+        return OpenVinoBackend(engine, device, precision or stored)
+    if precision not in (None, stored) and name in BACKENDS:
+        raise InputError(
+            f"precision {precision}: the backend {name} computes in the engine's own, {stored}; "
+            + ("give --backend openvino" if precision == "bf16" else f"export an engine with --precision {precision}")
+        )
     if name == "onnxruntime":
         from .onnxruntime import OnnxRuntimeBackend
 
