@@ -102,14 +102,34 @@ class _Work:
     run: str = ""  # the fingerprint of its result
     seconds: float = 0.0
     told: list[str] = field(default_factory=list)  # warnings
+    copies: dict[str, str] = field(default_factory=dict)  # files of this machine, and the URLs that they are copies of
     outcome: Outcome | None = None  # where it is known
 
     def end(self, status: str, reason: str = "") -> None:
         spots = len(self.slide) if self.slide is not None and status == "done" else 0
-        told = tuple(dict.fromkeys(self.told))
+        told = tuple(dict.fromkeys(map(self._named, self.told)))
         self.outcome = Outcome(
-            self.job.slide, self.job.target, status, spots, round(self.seconds, 3), told, " ".join(reason.split())
+            self.job.slide,
+            self.job.target,
+            status,
+            spots,
+            round(self.seconds, 3),
+            told,
+            " ".join(self._named(reason).split()),
         )
+
+    @contextmanager
+    def fetched(self, name: str) -> Iterator[Path]:
+        """A file, or a copy of it, which messages call by its own name."""
+        with fetched(name) as path:
+            if is_url(name):
+                self.copies[str(path)] = name
+            yield path
+
+    def _named(self, message: str) -> str:
+        for copy, name in self.copies.items():
+            message = message.replace(copy, name)
+        return message
 
 
 def run_jobs(
@@ -177,10 +197,10 @@ def _read(engine: Engine, job: Job, settings: Settings, identity: dict[str, Any]
             return work
         if not is_url(job.target) and Path(job.target).exists() and not is_prediction(Path(job.target)):
             raise InputError(f"{job.target} exists and is no prediction of stpath; move it away")
-        with fetched(job.slide) as path:
+        with work.fetched(job.slide) as path:
             slide = read_slide(path, organ=job.organ, technology=job.technology, features_key=settings.features_key)
         if job.context is not None:
-            with fetched(job.context) as path:
+            with work.fetched(job.context) as path:
                 context = read_context(path)
             chosen = choose_spots(context, slide, settings.context_spots) if settings.context_spots else context
             work.context = chosen.resolve(slide, engine.vocabulary)
