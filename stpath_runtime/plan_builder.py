@@ -7,8 +7,10 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256 as new_sha256
@@ -41,7 +43,7 @@ STEPS = 100  # of progress, for a graph
 # What is said of the time where no plans of the engine tell it.
 EXPECTED = {
     "tensorrt": "minutes, perhaps: TensorRT measures kernels on the GPU; not measured for this model yet",
-    "tensorrt_rtx": "about 10 s, from 2 CPU cores and the published sizes",
+    "tensorrt_rtx": "about 10 s, by what the published sizes took on 2 CPU cores",
 }
 
 
@@ -247,8 +249,9 @@ def build_plan(
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
     cache.give(config)
-    monitor = config.progress_monitor = new_monitor(trt, tell)
-    plan = builder.build_serialized_network(network, config)
+    with _signals_wait() as waiting:
+        monitor = config.progress_monitor = new_monitor(trt, tell, waiting)
+        plan = builder.build_serialized_network(network, config)
     if monitor.stopped is not None:
         raise monitor.stopped
     if plan is None:
@@ -257,8 +260,29 @@ def build_plan(
     return bytes(memoryview(plan))
 
 
-def new_monitor(trt: ModuleType, tell: Callable[[float], None]) -> Any:
-    """What TensorRT reports its progress to: the outermost phase counts; `stopped` is what stopped the build."""
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[list[int]]:
+    """Keep Ctrl-C and the like, in a list, until the block ends: an exception in a call from TensorRT would be lost."""
+    waiting: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield waiting  # signals go to the main thread
+        return
+    kept = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.signal(number, lambda number, frame: waiting.append(number)) for number in kept}
+    try:
+        yield waiting
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for caught in waiting:
+            signal.raise_signal(caught)
+
+
+def new_monitor(trt: ModuleType, tell: Callable[[float], None], waiting: Sequence[int] = ()) -> Any:
+    """What TensorRT reports its progress to: the outermost phase counts.
+
+    The build stops when `tell` raises, which is kept as `stopped`, or a signal is waiting.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
@@ -274,9 +298,9 @@ def new_monitor(trt: ModuleType, tell: Callable[[float], None]) -> Any:
             try:
                 if phase_name == self.outermost:
                     tell(min(1, (step + 1) / self.steps))
-            except BaseException as error:  # Ctrl-C: nothing may be raised through TensorRT
+            except BaseException as error:  # nothing may be raised through TensorRT
                 self.stopped = error
-            return self.stopped is None
+            return self.stopped is None and not waiting
 
         def phase_finish(self, phase_name: str) -> None: ...
 
