@@ -486,6 +486,28 @@ def test_what_is_called_is_in_tensorrt():
     assert hasattr(trt.Runtime, "deserialize_cuda_engine")
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "gives"),
+    [
+        ("cudaGetDeviceCount", (), 1),
+        ("cudaSetDevice", (0,), 0),
+        ("cudaGetDeviceProperties", (0,), 1),
+        ("cudaStreamCreate", (), 1),
+        ("cudaMemGetInfo", (), 2),
+        ("cudaMalloc", (16,), 1),
+        ("cudaFree", (0,), 0),
+        ("cudaMemcpyAsync", (0, 0, 0, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice, 0), 0),
+        ("cudaStreamSynchronize", (0,), 0),
+    ],
+)
+def test_cuda_takes_what_it_is_given(function, arguments, gives):
+    """The types of what is passed and what comes back; without a GPU each call answers with an error."""
+    error, *found = getattr(cudart, function)(*arguments)
+    assert isinstance(error, cudart.cudaError_t)
+    assert len(found) == gives
+    assert {"major", "minor", "name"} <= set(dir(cudart.cudaDeviceProp))
+
+
 # Refusals
 
 
