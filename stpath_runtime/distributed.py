@@ -6,14 +6,18 @@ import json
 import logging
 import socket
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .output import Format
-from .pipeline import Job, Outcome, Settings, run_jobs
+from .pipeline import LISTS, Job, Outcome, Settings, run_jobs
+from .remote import is_url
 
 AT_ONCE = 8  # slides that a worker is given, so that it can read and write while it runs
+RETRIES = 2  # of slides whose worker died
+DIED = "every worker that was given it died, as when the memory does not suffice; give workers more, or lower --memory"
 
 
 class Worker:
@@ -36,7 +40,8 @@ def run_on_ray(
     """Run slides on Ray; yields what became of each, as they end.
 
     When a worker dies, Ray starts another, which is given its slides again; those that are whole are skipped then, if
-    the settings resume.
+    the settings resume. Slides whose workers die again and again are run once more, each alone, so that only those fail
+    which kill their worker.
 
     Parameters
     ----------
@@ -50,7 +55,7 @@ def run_on_ray(
     Raises
     ------
     InputError
-        If Ray is not installed, or no cluster is there.
+        If Ray is not installed, no cluster is there, or no worker can be started on it.
     """
     try:
         import ray
@@ -72,23 +77,61 @@ def run_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        given = min(AT_ONCE, -(-len(jobs) // workers))
-        items = [{"job": json.dumps(asdict(job))} for job in jobs]
-        outcomes = ray.data.from_items(items, override_num_blocks=-(-len(items) // given)).map_batches(
-            Worker,
-            fn_constructor_args=(asdict(settings),),
-            batch_size=given,
-            batch_format="numpy",
-            compute=ray.data.ActorPoolStrategy(size=workers),
-            num_cpus=cpus,
-            num_gpus=gpus,
-        )
-        for row in outcomes.iter_rows():
-            found = json.loads(row["outcome"])
-            yield Outcome(**{**found, "warnings": tuple(found["warnings"])})
+        context.max_errored_blocks = -1  # what is lost with a worker that dies is no reason to stop
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        waiting = {_anywhere(job.target): job for job in jobs}
+        for given in (min(AT_ONCE, -(-len(jobs) // workers)), 1):
+            for found in _outcomes(list(waiting.values()), settings, given, workers, cpus, gpus):
+                job = waiting.pop(found.output)
+                yield replace(found, slide=job.slide, output=job.target)
+        for job in waiting.values():
+            yield Outcome(job.slide, job.target, "failed", reason=DIED)
+    except ray.exceptions.RayError as error:
+        raise InputError(
+            f"--ray {address}: no worker could be started ({str(error).strip().splitlines()[-1]}); engine, slides and "
+            "results must be where every machine finds them"
+        ) from error
     finally:
         ray.shutdown()
+
+
+def _outcomes(
+    jobs: Sequence[Job], settings: Settings, given: int, workers: int, cpus: float, gpus: float
+) -> Iterator[Outcome]:
+    """Run slides, so many `given` to a worker at a time; of those whose workers die too often, nothing comes back."""
+    import ray.data
+
+    if not jobs:
+        return
+    spots = settings.context_spots
+    named = replace(settings, engine=_anywhere(settings.engine))
+    if spots is not None and Path(spots).suffix.lower() in LISTS:
+        named = replace(named, context_spots=_anywhere(spots))
+    items = [{"job": json.dumps({**asdict(job), **_places(job)})} for job in jobs]
+    outcomes = ray.data.from_items(items, override_num_blocks=-(-len(items) // given)).map_batches(
+        Worker,
+        fn_constructor_args=(asdict(named),),
+        batch_size=given,
+        batch_format="numpy",
+        # A slide that is alone does not wait in the line of a worker that another one kills.
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1 if given == 1 else None),
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_task_retries=RETRIES,  # without end, if left out
+    )
+    for row in outcomes.iter_rows():
+        found = json.loads(row["outcome"])
+        yield Outcome(**{**found, "warnings": tuple(found["warnings"])})
+
+
+def _anywhere(path: str) -> str:
+    """A path that does not depend on the folder that a worker is started in."""
+    return path if is_url(path) else str(Path(path).absolute())
+
+
+def _places(job: Job) -> dict[str, str]:
+    named = {"slide": job.slide, "target": job.target, "context": job.context}
+    return {what: _anywhere(path) for what, path in named.items() if path is not None}
 
 
 def _require_answer(address: str) -> None:

@@ -14,9 +14,11 @@ import anndata
 import numpy as np
 import pytest
 
-from helpers import write_slide
-from stpath_runtime import Engine, Slide, read_slide
+from helpers import write_context, write_slide
+from stpath_runtime import Context, Engine, InputError, Slide, distributed, read_slide
 from stpath_runtime.cli import main
+from stpath_runtime.distributed import run_on_ray
+from stpath_runtime.pipeline import Job, Settings
 
 SLIDES = 24
 
@@ -70,6 +72,59 @@ def test_every_slide_is_there_though_a_worker_is_killed(cohort, tiny_engine, tmp
         np.testing.assert_allclose(anndata.read_h5ad(out / f"S{i}.h5ad").X, expected.X, rtol=1e-4, atol=1e-5)
     assert len(list(out.glob("*.h5ad"))) == SLIDES
     assert not list(out.glob(".*.partial"))
+
+
+def ray_jobs(folder: Path, out: Path) -> list[Job]:
+    return [Job(f"{folder}/S{i}.h5", f"{out}/S{i}.h5ad") for i in range(10)]
+
+
+ROOM = {"address": "local", "workers": 2, "cpus": 0.5, "gpus": 0}
+
+
+def test_a_slide_that_kills_every_worker_fails_alone(cohort, tiny_engine, tmp_path, monkeypatch):
+    class Dying(distributed.Worker):
+        def __call__(self, batch):
+            if any("S3.h5" in job for job in batch["job"]):
+                os._exit(1)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(distributed, "Worker", Dying)
+    found = list(run_on_ray(ray_jobs(cohort, tmp_path), Settings(str(tiny_engine), genes=["GENE1"]), **ROOM))
+    assert sorted(Path(outcome.slide).stem for outcome in found) == sorted(f"S{i}" for i in range(10))
+    (failed,) = (outcome for outcome in found if outcome.status != "done")
+    assert (Path(failed.slide).stem, failed.status) == ("S3", "failed")
+    assert "every worker that was given it died" in failed.reason
+
+
+def test_a_worker_that_cannot_start_is_one_line(cohort, tiny_engine, tmp_path, monkeypatch, capfd):
+    class Faulty(distributed.Worker):
+        def __init__(self, settings):
+            raise InputError(f"{settings['engine']}: not an engine")
+
+    monkeypatch.setattr(distributed, "Worker", Faulty)
+    words = ["run", cohort, "--engine", tiny_engine, "--out", tmp_path / "out", "--genes", "GENE1", "--ray", "local"]
+    assert main([*map(str, words)]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1, err
+    assert "--ray local: no worker could be started (stpath_runtime.errors.InputError: " in err
+    assert f"{tiny_engine}: not an engine)" in err
+
+
+def test_workers_are_given_paths_that_hold_in_any_folder(cohort, tiny_engine, tmp_path, monkeypatch):
+    class Elsewhere(distributed.Worker):
+        def __init__(self, settings):
+            os.chdir("/")
+            super().__init__(settings)
+
+    monkeypatch.setattr(distributed, "Worker", Elsewhere)
+    monkeypatch.chdir(cohort)
+    (cohort / "spots.txt").write_text("0\n1\n")
+    write_context(Context(["0", "1"], [[3], [4]], ["GENE7"]), cohort / "counts.h5ad")
+    out = os.path.relpath(tmp_path / "out", cohort)
+    settings = Settings(os.path.relpath(tiny_engine, cohort), genes=["GENE1"], context_spots="spots.txt")
+    (found,) = run_on_ray([Job("S0.h5", f"{out}/S0.h5ad", context="counts.h5ad")], settings, **ROOM)
+    assert (found.status, found.slide, found.output) == ("done", "S0.h5", f"{out}/S0.h5ad"), found.reason
+    assert anndata.read_h5ad(tmp_path / "out" / "S0.h5ad").obs["context"].sum() == 2
 
 
 def test_faulty_calls(cohort, tiny_engine, tmp_path, capsys):
