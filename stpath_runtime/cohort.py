@@ -15,7 +15,7 @@ from .errors import InputError, InputWarning
 from .output import Format, remove, require_spatialdata, require_writable
 from .pipeline import Job, Outcome, Settings, Watch, run_jobs
 from .progress import cohort_progress
-from .remote import fetched, is_url, join, sent
+from .remote import discard, fetched, is_url, join, sent
 from .targets import slide_name
 from .vocabulary import nearest_names, organ_token, technology_token
 
@@ -107,6 +107,8 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
     """
     outcomes: list[Outcome] = []
     earlier = _summary(out)
+    if is_url(out):  # that nothing can be written there is found before the work
+        _write_tables(jobs, [], earlier, out)
     with _alone_in(out), cohort_progress(len(jobs)) as progress:
         try:
             with closing(_outcomes(jobs, settings, cluster, progress.watch)) as found:
@@ -248,8 +250,10 @@ def _write_tables(jobs: Sequence[Job], outcomes: Sequence[Outcome], earlier: dic
     failed = [[o.slide, o.reason] for o in outcomes if o.status == "failed"]
     if failed:
         _write_csv(join(out, FAILURES), ("slide", "reason"), failed)
-    elif not is_url(out):
-        remove(Path(out) / FAILURES)  # of an earlier run
+    elif is_url(out):
+        discard(join(out, FAILURES))  # of an earlier run
+    else:
+        remove(Path(out) / FAILURES)
 
 
 def _summary_row(outcome: Outcome, earlier: list[str] | None) -> list[Any]:

@@ -73,6 +73,19 @@ def sent(path: str) -> Iterator[Path]:
                 files.put_file(str(entry), target)
 
 
+def discard(path: str) -> None:
+    """Delete a file at a URL, if it is there.
+
+    Raises
+    ------
+    InputError
+        If it cannot be deleted.
+    """
+    with _transfer(path, "deleted") as (files, place):
+        if files.exists(place):
+            files.rm(place)
+
+
 def version(path: str) -> list[str]:
     """What changes when a file or folder does: sizes and times of its files, or the marks that its place keeps.
 

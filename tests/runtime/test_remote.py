@@ -58,6 +58,10 @@ def test_a_cohort_by_url(form, place, tiny, tiny_engine, tmp_path, capsys):
     files.put_file(str(fewer), f"{url}/in/c.h5ad")
     assert main([*map(str, words)]) == 1
     assert statuses() == ["done", "failed"]
+    files.put_file(str(tmp_path / "s.h5"), f"{url}/in/none.h5")
+    assert files.exists(f"{url}/out/failures.csv")
+    assert main([*map(str, words)]) == 0
+    assert not files.exists(f"{url}/out/failures.csv")
 
 
 def test_messages_name_the_url_and_not_the_copy(place, tiny, tiny_engine, tmp_path, capsys):
@@ -75,6 +79,21 @@ def test_messages_name_the_url_and_not_the_copy(place, tiny, tiny_engine, tmp_pa
     assert f"warning: {url}/in/s.h5: context of {url}/in/s.h5: 100% of the counts" in err
     assert f"failed: {url}/in/bad.h5: not an HDF5 file" in err
     assert "stpath-" not in err
+
+
+def test_a_place_that_is_not_writable_is_found_before_the_work(place, tiny, tiny_engine, tmp_path, monkeypatch, capsys):
+    def put_file(*_: object, **__: object) -> None:
+        raise PermissionError("access denied")
+
+    url, files = place
+    monkeypatch.setattr(type(files), "put_file", put_file)
+    monkeypatch.setattr(Engine, "encode", lambda *_, **__: pytest.fail("the work was done"))
+    (tmp_path / "in").mkdir()
+    write_slide(tiny.slides()[0][1], tmp_path / "in" / "s.h5")
+    words = ["run", tmp_path / "in", "--engine", tiny_engine, "--out", f"{url}/out", "--genes", "GENE1"]
+    assert main([*map(str, words)]) == 2
+    message = f"error: {url}/out/summary.csv: cannot be written (PermissionError: access denied)\n"
+    assert capsys.readouterr().err == message
 
 
 def test_what_is_sent_in_part_does_not_look_whole(place, tmp_path, monkeypatch):
