@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .engine import Engine
 from .errors import InputError, InputWarning
 from .output import Format, remove, require_spatialdata, require_writable
 from .pipeline import Job, Outcome, Settings, Watch, run_jobs
@@ -105,13 +106,16 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
     InputError
         If the engine or the settings are at fault, the folder cannot be written, or another run is at work in it.
     """
+    engine = (
+        settings.load()
+    )  # where slides run elsewhere, too: what is wrong with it is found before anything is written
     outcomes: list[Outcome] = []
     earlier = _summary(out)
     if is_url(out):  # that nothing can be written there is found before the work
         _write_tables(jobs, [], earlier, out)
     with _alone_in(out), cohort_progress(len(jobs)) as progress:
         try:
-            with closing(_outcomes(jobs, settings, cluster, progress.watch)) as found:
+            with closing(_outcomes(engine, jobs, settings, cluster, progress.watch)) as found:
                 for outcome in found:
                     outcomes.append(outcome)
                     progress(outcome)
@@ -121,9 +125,8 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
 
 
 def _outcomes(
-    jobs: Sequence[Job], settings: Settings, cluster: dict[str, Any] | None, watch: Watch
+    engine: Engine, jobs: Sequence[Job], settings: Settings, cluster: dict[str, Any] | None, watch: Watch
 ) -> Generator[Outcome, None, None]:
-    engine = settings.load()  # where slides run elsewhere, too: what is wrong with it is found here
     if cluster is None:
         return run_jobs(engine, jobs, settings, watch)
     from .distributed import run_on_ray
@@ -181,7 +184,7 @@ def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         header = [name.strip() for name in reader.fieldnames or []]
-        rows = [(reader.line_num, row) for row in reader]
+        rows = [(reader.line_num, row) for row in reader if any(row.values())]  # empty ones as Excel leaves them
     except csv.Error as error:
         raise InputError(f"{source}: not a CSV file ({error})") from error
     if "slide" not in header or len(set(header)) < len(header):

@@ -271,7 +271,7 @@ def fingerprint(job: Job, identity: dict[str, Any]) -> str:
 
 
 def _identity(engine: Engine, settings: Settings) -> dict[str, Any]:
-    """What of engine and settings a result depends on (memory and backend it does not)."""
+    """What of engine and settings a result depends on, or tells (the memory it does not)."""
     kept = asdict(settings) | {"engine": engine.hash()}
     for free in ("memory", "resume"):
         del kept[free]

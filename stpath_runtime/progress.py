@@ -68,7 +68,7 @@ class CohortProgress:
         self.ended += 1
         self.spots += outcome.spots
         said = {
-            "done": f"{outcome.spots:,} spots, {outcome.seconds:.1f} s",
+            "done": f"{outcome.spots:,} spot{'' if outcome.spots == 1 else 's'}, {outcome.seconds:.1f} s",
             "skipped": "whole already",
             "failed": f"failed: {outcome.reason}",
         }

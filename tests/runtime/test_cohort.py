@@ -260,7 +260,7 @@ def test_manifests_that_are_none(text, message, cohort, tmp_path):
 
 
 def test_columns_that_are_not_read_are_told_of(cohort, tmp_path):
-    (cohort / "manifest.csv").write_text("\ufeffslide, organs ,patient\nS0.h5,Brain,p1\n")
+    (cohort / "manifest.csv").write_text("\ufeffslide, organs ,patient\nS0.h5,Brain,p1\n,,\n")
     with pytest.warns(InputWarning) as told:
         (job,) = read_cohort(str(cohort / "manifest.csv"), str(tmp_path / "out"), Format.H5AD)
     assert "'organs' is not read (did you mean organ?)" in str(told[0].message)
