@@ -59,8 +59,8 @@ def test_cohort(engine_path, report, tmp_path):
     rates = f"{statistics.median(cohort):,.0f} / {statistics.median(encoder):,.0f} spots/s"
     report(
         f"{SLIDES} slides of {SPOTS:,} spots from files (in the page cache), kNN {K}, 50 genes, fp32: run / encoder",
-        f"{rates} = {statistics.median(ratios):.0%} (pairs {min(ratios):.0%} to {max(ratios):.0%}; before it the engine "
-        f"is loaded, {_loading(engine_path):.1f} s)",
+        f"{rates} = {statistics.median(ratios):.0%} (pairs {min(ratios):.0%} to {max(ratios):.0%}; loading the engine "
+        f"before it: {_loading(engine_path):.1f} s)",
         "85%",
     )
 
