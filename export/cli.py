@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from stpath_runtime import commands
+from stpath_runtime.commands import Backend, Device
 from stpath_runtime.errors import InputError
 from stpath_runtime.progress import progress_bar
 from stpath_train.cli import TRAIN, require
@@ -48,8 +50,11 @@ def verify(
     engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
     checkpoint: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="The checkpoint that it was made from.")],
     slide: Annotated[Path | None, typer.Option(metavar="FILE", help="A features file to compare on, too.")] = None,
+    backend: Backend = "onnxruntime",
+    device: Device = "cpu",
+    precision: commands.Precision = None,
 ) -> None:
-    """Repeat the proof of parity for an engine that exists."""
+    """Repeat the proof of parity for an engine that exists, on a backend and in a precision that it can run."""
     require_torch()
     from rich.console import Console
 
@@ -61,6 +66,7 @@ def verify(
     from .proof import prove, require_passed
 
     manifest = Manifest.read(engine)
+    backend = commands.chosen_backend(engine, backend, device, precision)
     slides = [read_slide(slide)] if slide is not None else []
     model = load_checkpoint(checkpoint)
     if model.config != manifest.model:
@@ -72,7 +78,7 @@ def verify(
         )
     if sha256(checkpoint) != manifest.checkpoint["sha256"]:
         typer.echo(f"warning: {checkpoint} is not the file that {engine} was made from (SHA-256 differs)", err=True)
-    report = prove(engine, model, slides)
+    report = prove(engine, model, slides, backend=backend, device=device, precision=precision)
     print_parity(report, Console(width=None if Console().is_terminal else 160, highlight=False))
     require_passed(report)
 

@@ -48,7 +48,10 @@ Neighbors = Annotated[int | None, typer.Option(metavar="K", help="With knn: atte
 Memory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory to take, such as 6G; left out: half of what there is.")
 ]
-Backend = Annotated[str, typer.Option(help="What runs the engine: onnxruntime, openvino, tensorrt or tensorrt_rtx.")]
+Backend = Annotated[
+    str,
+    typer.Option(help="What runs the engine: onnxruntime, openvino, tensorrt, tensorrt_rtx, or auto, which says what."),
+]
 Device = Annotated[str, typer.Option(help="cpu or cuda:N.")]
 Precision = Annotated[
     str | None, typer.Option(metavar="fp32|fp16|bf16", help="What to compute in; left out: the engine's own.")
@@ -100,7 +103,9 @@ def predict(
     how: dict[str, Any] = {"genes": names, "attention": attention, "neighbors": neighbors}
     how |= {"embeddings": embeddings, "fill_context": fill_context}
     how["memory"] = parse_bytes(memory) if memory is not None else None
-    loaded = Engine.load(engine, backend=backend, device=device, precision=precision)
+    loaded = Engine.load(
+        engine, backend=chosen_backend(engine, backend, device, precision), device=device, precision=precision
+    )
     n_genes = len(loaded.panel(names)[0])
     counts = read_context(context) if context is not None else None
 
@@ -143,7 +148,9 @@ def decode(
     from .engine import Engine
 
     target, chosen = _decoded_target(prediction, out, form)
-    loaded = Engine.load(engine, backend=backend, device=device, precision=precision)
+    loaded = Engine.load(
+        engine, backend=chosen_backend(engine, backend, device, precision), device=device, precision=precision
+    )
     names = _gene_names(genes)
     with progress_bar(f"write {target.name}") as on_tile:
         spots, added, kept = add_genes(loaded, prediction, names, target, chosen, dtype.value, on_tile)
@@ -192,7 +199,7 @@ def run(
 
     settings = Settings(
         engine=str(engine),
-        backend=backend,
+        backend=chosen_backend(engine, backend, device, precision),
         device=device,
         precision=precision,
         genes=_gene_names(genes),
@@ -241,7 +248,9 @@ def fidelity(
     require_matplotlib()
     counts = _whole_numbers(neighbors)
     size = parse_bytes(memory) if memory is not None else None
-    loaded = Engine.load(engine, backend=backend, device=device, precision=precision)
+    loaded = Engine.load(
+        engine, backend=chosen_backend(engine, backend, device, precision), device=device, precision=precision
+    )
     read = read_slide(slide, organ=organ, technology=tech, features_key=features_key)
     with progress_bar(slide.name) as on_step:
         found = measure_fidelity(loaded, read, counts, size, on_step)
@@ -314,7 +323,25 @@ def build(
     typer.echo(f"{todo.folder}: {what} ({plans.seconds():,.1f} s)")
 
 
-COMMANDS: tuple[Callable[..., None], ...] = (predict, decode, run, fidelity, plot, info, triton, build)
+def doctor(engine: Annotated[Path | None, typer.Argument(metavar="[ENGINE]", help="Engine folder.")] = None) -> None:
+    """Print what each backend needs and finds on this machine and, with an engine, whether those that work agree."""
+    from .doctor import examine
+
+    examine(engine)
+
+
+COMMANDS: tuple[Callable[..., None], ...] = (predict, decode, run, fidelity, plot, info, triton, build, doctor)
+
+
+def chosen_backend(engine: Path, backend: str, device: str, precision: str | None) -> str:
+    """The backend that is asked for; with auto the one that is chosen, which is told on stderr."""
+    from .backends.choice import AUTO, choose_backend
+
+    if backend != AUTO:
+        return backend
+    name, why = choose_backend(engine, device, precision)
+    typer.echo(why, err=True)
+    return name
 
 
 def _gene_names(genes: str) -> list[str] | None:

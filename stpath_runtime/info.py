@@ -40,7 +40,9 @@ def print_parity(report: dict[str, Any], console: Any) -> None:
     """Print a parity report, a line a case."""
     from rich.table import Table
 
-    table = Table(title=f"Parity with the float64 reference: {'passed' if report['passed'] else 'FAILED'}")
+    verdict = "passed" if report["passed"] else "FAILED"
+    how = f"{report['backend']}, {report['precision']}"
+    table = Table(title=f"Parity with the float64 reference, {how}: {verdict}")
     for column in ("case", "path", "genes", "relative L2", "bar", "embedding", "lowest Pearson", ""):
         table.add_column(column, justify="left" if column in ("case", "path", "") else "right")
     for row in report["cases"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,14 @@ class Backend(Protocol):
     def available_memory(self) -> int:
         """Bytes that the device has to give."""
         ...
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, as the package index names it; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", precision: str | None = None) -> Backend:

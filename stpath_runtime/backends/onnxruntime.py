@@ -13,7 +13,9 @@ import numpy.typing as npt
 
 from ..errors import InputError
 from ..memory import available_on_gpu, available_on_host
-from . import Arrays
+from . import Arrays, installed
+
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # that write one folder
 
 
 class OnnxRuntimeBackend:
@@ -22,8 +24,8 @@ class OnnxRuntimeBackend:
     Raises
     ------
     InputError
-        If ONNX Runtime is not installed, the device is not one of "cpu", "cuda" and "cuda:N", or its provider is
-        not the one that runs.
+        If ONNX Runtime is not installed, or both of its packages are, the device is not one of "cpu", "cuda" and
+        "cuda:N", or its provider is not the one that runs.
     """
 
     name = "onnxruntime"
@@ -35,6 +37,11 @@ class OnnxRuntimeBackend:
             raise InputError(
                 "ONNX Runtime is not installed; run: pip install 'stpath-engine[cpu]' (or [gpu], never both)"
             ) from error
+        if both := [found for package in PACKAGES if (found := installed(package)) is not None][1:]:
+            raise InputError(
+                f"both {' and '.join(PACKAGES)} ({both[0]}) are installed, over each other; run: pip uninstall -y "
+                f"{' '.join(PACKAGES)} && pip install 'stpath-engine[cpu]' (or [gpu], never both)"
+            )
         self._ort = onnxruntime
         self._engine = engine
         self.device = "cuda:0" if device == "cuda" else device

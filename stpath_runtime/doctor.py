@@ -1,0 +1,180 @@
+"""What each backend would need on this machine, what of it is there, and whether those that work agree on an engine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .backends import installed
+from .errors import InputError, InputWarning, ParityError
+from .manifest import Manifest
+
+SPOTS, KNN = 300, 8  # of the slide that backends are compared on
+BARS = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 5e-2}  # both sides err: float32 by 1e-5; rounding to 11 and 8 bits adds up
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run an engine: a backend, on a device, in a precision."""
+
+    backend: str
+    device: str
+    precision: str | None  # None: the engine's own
+    package: str  # on the package index
+    extra: str  # of stpath-engine
+    needs: str
+
+
+WAYS = (
+    Way("onnxruntime", "cpu", None, "onnxruntime", "cpu", "any CPU"),
+    Way("onnxruntime", "cuda:0", None, "onnxruntime-gpu", "gpu", "an NVIDIA GPU"),
+    Way("openvino", "cpu", "fp32", "openvino", "openvino", "any CPU"),
+    Way("openvino", "cpu", "bf16", "openvino", "openvino", "a CPU with AMX or AVX-512-BF16"),
+    Way("tensorrt", "cuda:0", None, "tensorrt", "tensorrt", "an NVIDIA GPU; stpath build"),
+    Way("tensorrt_rtx", "cuda:0", None, "tensorrt-rtx-cu13", "tensorrt-rtx", "an NVIDIA RTX GPU; stpath build"),
+)
+DEFAULT = WAYS[0]
+
+
+def examine(engine: Path | None) -> None:
+    """Print what each backend needs and finds here and, with an engine, how far the results of those that work differ.
+
+    There is no PyTorch here: backends are held to ONNX Runtime on the CPU. `stpath verify` proves them against PyTorch.
+
+    Raises
+    ------
+    InputError
+        If the default backend, ONNX Runtime on the CPU, does not work.
+    ParityError
+        If a backend's results differ by more than its precision allows.
+    """
+    if engine is not None:
+        Manifest.read(engine).check_files(engine)
+    gpus = nvidia_gpus()
+    faults = {way: _fault(way, gpus, engine) for way in WAYS}
+    differs = compare(engine, [way for way in WAYS if faults[way] is None]) if engine is not None else {}
+    _print(gpus, faults, differs, engine)
+    if (fault := faults[DEFAULT]) is not None:
+        raise InputError(f"the default backend does not work: {fault}")
+    wrong = [f"{way.backend} {way.precision or ''}".strip() for way, (_, passed) in differs.items() if not passed]
+    if wrong:
+        raise ParityError(
+            f"{', '.join(wrong)} differs from ONNX Runtime on the CPU by more than rounding; do not use it"
+        )
+
+
+def nvidia_gpus() -> list[str]:
+    """Names and memory of the NVIDIA GPUs, by nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+
+
+def cpu_features() -> list[str]:
+    """Which of CPU_FEATURES this machine's CPU has."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = {word for line in lines if line.startswith("flags") for word in line.split()}
+    return [feature for feature in CPU_FEATURES if feature in flags]
+
+
+def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
+    """How far each way is from ONNX Runtime on the CPU, and whether that is within BARS.
+
+    By relative L2 of all genes on one random slide from a seed; the larger of global and kNN attention.
+    """
+    if DEFAULT not in ways:
+        return {}
+    exact = _expressions(engine, DEFAULT)
+    found = {}
+    for way in ways:
+        pairs = zip(_expressions(engine, way), exact, strict=True)
+        error = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+        bar = BARS[way.precision or Manifest.read(engine).precision]
+        found[way] = (error, error <= bar)  # NaN is not
+    return found
+
+
+def _expressions(engine: Path, way: Way) -> list[np.ndarray]:
+    from .engine import Engine
+    from .slide import Slide
+
+    loaded = Engine.load(engine, backend=way.backend, device=way.device, precision=way.precision)
+    rng = np.random.default_rng(0)
+    row, column = np.divmod(np.arange(SPOTS), int(np.sqrt(SPOTS)))
+    coords = np.stack([200 * column + 100 * (row % 2), 173 * row], axis=1)
+    slide = Slide(coords, rng.standard_normal((SPOTS, loaded.manifest.model.n_features), np.float32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)  # that kNN may be an approximation is no matter here
+        embeddings = (loaded.embed(slide, attention="global"), loaded.embed(slide, attention="knn", neighbors=KNN))
+    return [loaded.decode(embedding) for embedding in embeddings]
+
+
+def _fault(way: Way, gpus: list[str], engine: Path | None) -> str | None:
+    """Why a way does not work here; None where it does."""
+    if way.device != "cpu" and not gpus:
+        missing = "" if installed(way.package) else f", and {way.package} is not installed"
+        return f"no NVIDIA GPU (nvidia-smi finds none){missing}"
+    try:
+        _openers()[way.backend](way)
+        if engine is not None:
+            from .backends import open_backend
+
+            open_backend(way.backend, engine, way.device, Manifest.read(engine).precision, way.precision)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _openers() -> dict[str, Callable[[Way], object]]:
+    """What each backend can check without an engine."""
+    from .backends.onnxruntime import OnnxRuntimeBackend
+    from .backends.openvino import OpenVinoBackend
+    from .cuda import Gpu
+    from .plans import import_tensorrt
+
+    def tensorrt(way: Way) -> object:
+        return import_tensorrt(way.backend), Gpu(way.device)
+
+    return {
+        "onnxruntime": lambda way: OnnxRuntimeBackend(Path(), way.device),
+        "openvino": lambda way: OpenVinoBackend(Path(), way.device, way.precision or "fp32"),
+        "tensorrt": tensorrt,
+        "tensorrt_rtx": tensorrt,
+    }
+
+
+def _print(
+    gpus: list[str],
+    faults: dict[Way, str | None],
+    differs: dict[Way, tuple[float, bool]],
+    engine: Path | None,
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    console.print(f"CPU: {len(os.sched_getaffinity(0))} cores; {', '.join(cpu_features()) or 'no AVX2'}")
+    console.print(f"GPU: {'; '.join(gpus) or 'none (nvidia-smi)'}")
+    table = Table("backend", "device", "precision", "needs", "installed", "differs by", "state", title="stpath doctor")
+    for way, fault in faults.items():
+        error, passed = differs.get(way, (None, True))
+        state = "[red]WRONG[/]" if not passed else "[green]works[/]" if fault is None else fault.replace("[", r"\[")
+        found = installed(way.package) or f"no: pip install 'stpath-engine\\[{way.extra}]'"
+        names = (way.backend, way.device.split(":")[0], way.precision or "the engine's", way.needs, found)
+        table.add_row(*names, "-" if error is None else f"{error:.1e}", state)
+    console.print(table)
+    if engine is not None:
+        console.print(
+            f"Differs by: relative L2 of all genes against ONNX Runtime on the CPU, on a random slide of {SPOTS} spots "
+            "from a seed, global and kNN attention. The proof against PyTorch: stpath verify ENGINE --backend ..."
+        )
