@@ -1,0 +1,58 @@
+"""`stpath verify` on a backend and in a precision: the bar is PyTorch's own error in it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from stpath_export import proof
+from stpath_runtime import ParityError
+from stpath_runtime.backends.openvino import OpenVinoBackend
+from stpath_runtime.cli import main
+from stpath_train.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def own(made_once, tiny_engine):
+    return made_once("tiny_engine_verify", lambda folder: shutil.copytree(tiny_engine, folder / "engine")) / "engine"
+
+
+@pytest.fixture(autouse=True)
+def _fewer_slides(monkeypatch):
+    monkeypatch.setattr(proof, "SPOTS", (1, 37))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_verify_with_openvino(own, tiny_checkpoint, capsys, precision):
+    import openvino
+
+    if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+    words = ["verify", own, "--checkpoint", tiny_checkpoint, "--backend", "openvino", "--precision", precision]
+    assert main([str(word) for word in words]) == 0
+    assert f"openvino on cpu, {precision}: passed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_backend_that_errs_fails(own, tiny_checkpoint, monkeypatch):
+    real = OpenVinoBackend.run
+    monkeypatch.setattr(
+        OpenVinoBackend, "run", lambda self, graph, inputs: [a * 1.001 for a in real(self, graph, inputs)]
+    )
+    report = proof.prove(own, load_checkpoint(tiny_checkpoint), backend="openvino")
+    assert not report["passed"]
+    assert (report["backend"], report["precision"]) == ("openvino on cpu", "fp32")
+    with pytest.raises(ParityError, match="comparisons miss the bar"):
+        proof.require_passed(report)
+
+
+def test_a_given_slide_is_held_to_pearson_in_a_low_precision(own, tiny, tiny_checkpoint, monkeypatch):
+    (_, slide, _), *_ = tiny.slides()
+    monkeypatch.setattr(proof, "LOW_PEARSON_BAR", 1.1)  # none reaches it
+    report = proof.prove(own, load_checkpoint(tiny_checkpoint), [slide], backend="openvino", precision="bf16")
+    assert {row["case"] for row in report["cases"] if not row["passed"]} == {slide.name}
+
+
+def test_verify_refuses_what_a_backend_lacks(own, tiny_checkpoint, capsys):
+    assert main(["verify", str(own), "--checkpoint", str(tiny_checkpoint), "--precision", "bf16"]) == 2
+    assert "give --backend openvino" in capsys.readouterr().err

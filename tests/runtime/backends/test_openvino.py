@@ -1,0 +1,193 @@
+"""OpenVINO: bfloat16 within the bar on the trained demo model, its cache, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import load_golden, relative_l2
+from stpath_export.exporter import write_engine
+from stpath_export.proof import LOW_PEARSON_BAR, PEARSON_BAR, Case, compare, random_slide, reference
+from stpath_runtime import Engine, InputError
+from stpath_runtime.backends import openvino as openvino_backend
+from stpath_runtime.backends.openvino import OpenVinoBackend
+from stpath_runtime.cli import main
+from stpath_runtime.manifest import MANIFEST, Manifest, sha256
+from stpath_runtime.slide import Slide
+from stpath_train.checkpoint import load_checkpoint
+from stpath_train.cohort import World
+from stpath_train.demo_checkpoint import PACKAGED, SEED, held_out_slide
+
+SLIDE = random_slide(150, 96, 3)
+
+
+@pytest.fixture
+def bf16():
+    import openvino
+
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")
+
+
+@pytest.fixture
+def own(tiny_engine, tmp_path):
+    return shutil.copytree(tiny_engine, tmp_path / "engine")
+
+
+@pytest.fixture(scope="module")
+def demo(made_once):
+    """The demo's model, which is trained, as an engine, and its held-out slide."""
+    world = World.create(SEED)
+    model = load_checkpoint(PACKAGED)
+
+    def fill(folder):
+        source = {"name": PACKAGED.name, "sha256": sha256(PACKAGED)}
+        (folder / "engine").mkdir()
+        write_engine(model, world.vocabulary, folder / "engine", "fp32", source)
+
+    slide, _ = held_out_slide(world)
+    slide = Slide(slide.coords, slide.features, organ="Breast", technology="Visium", name="demo slide")
+    return made_once("demo_engine_openvino", fill) / "engine", model, slide
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("neighbors", [None, 32], ids=["global", "knn"])
+@pytest.mark.filterwarnings("ignore::stpath_runtime.errors.InputWarning")
+def test_parity_on_the_demo_slide(demo, precision, neighbors, request):
+    """All genes of a trained model: within the bar of the precision, and every gene's Pearson r."""
+    if precision == "bf16":
+        request.getfixturevalue("bf16")
+    path, model, slide = demo
+    engine = Engine.load(path, backend="openvino", precision=precision)
+    case = Case(slide.name, slide)
+    exact = reference(copy.deepcopy(model).double(), case, engine.vocabulary, neighbors)
+    low = reference(copy.deepcopy(model).bfloat16(), case, engine.vocabulary, neighbors)
+    how = {} if neighbors is None else {"attention": "knn", "neighbors": neighbors}
+    embedding = engine.embed(slide, **how)
+    found = (embedding, engine.decode(embedding))
+    row = (
+        compare(found, exact, low, LOW_PEARSON_BAR) if precision == "bf16" else compare(found, exact, None, PEARSON_BAR)
+    )
+    assert row["genes"] == 500
+    assert row["flat_genes"] == 0
+    assert row["passed"], row
+
+
+@pytest.mark.filterwarnings("ignore::stpath_runtime.errors.InputWarning")
+def test_positions_are_not_rounded_to_bfloat16(demo, bf16):
+    """Where spots are close, bfloat16 makes one position of many: distances must not be taken of it."""
+    path, model, _ = demo
+    engine = Engine.load(path, backend="openvino", precision="bf16")
+    slide = random_slide(12_000, model.config.n_features, 0, "Breast", "Visium")
+    case = Case(slide.name, slide, None, engine.vocabulary.ensembl_ids[:20])
+    exact, low = (
+        reference(copy.deepcopy(model).to(t), case, engine.vocabulary, 32) for t in (torch.float64, torch.bfloat16)
+    )
+    error = relative_l2(engine.embed(slide, attention="knn", neighbors=32), exact[0])
+    assert error <= relative_l2(low[0], exact[0])  # with rounded positions it is twice that
+
+
+def test_compiled_graphs_are_kept_in_the_engine_and_are_no_part_of_it(own, monkeypatch):
+    before = Engine.load(own).hash()
+    found = Engine.load(own, backend="openvino").embed(SLIDE)
+    (folder,) = (own / "cache").iterdir()
+    assert sorted(path.name.split(".")[0] for path in folder.iterdir()) == ["block_1", "block_2", "block_3", "embed"]
+    compiled = []
+    monkeypatch.setattr(openvino_backend, "_keep", lambda kept, _: compiled.append(kept))
+    again = Engine.load(own, backend="openvino")
+    np.testing.assert_array_equal(again.embed(SLIDE), found)
+    assert compiled == [None]  # tokens, which is not kept
+    assert again.hash() == before
+    Manifest.read(own).check_files(own)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:500] + bytes([b[500] ^ 1]) + b[501:], lambda b: b""])
+def test_a_damaged_cache_is_made_anew(own, damage):
+    found = Engine.load(own, backend="openvino").embed(SLIDE)
+    paths = [path for path in (own / "cache").rglob("*") if path.is_file()]
+    whole = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        path.write_bytes(damage(whole[path]))
+    np.testing.assert_array_equal(Engine.load(own, backend="openvino").embed(SLIDE), found)
+    assert all(len(path.read_bytes()) == len(whole[path]) for path in paths)
+
+
+def test_another_engine_takes_no_graph_of_the_cache(own):
+    Engine.load(own, backend="openvino").embed(SLIDE)
+    kept = set((own / "cache").rglob("embed*"))
+    (own / MANIFEST).write_text((own / MANIFEST).read_text() + "\n")
+    Engine.load(own, backend="openvino").embed(SLIDE)
+    assert len(set((own / "cache").rglob("embed*")) - kept) == 1
+
+
+def test_an_engine_that_cannot_be_written_runs(own):
+    (own / "cache").write_text("a file where the folder would be")
+    found = Engine.load(own, backend="openvino").embed(SLIDE)
+    assert relative_l2(found, Engine.load(own).embed(SLIDE)) <= 1e-5
+
+
+def test_two_processes_may_start_at_once(own, tmp_path):
+    code = (
+        "import sys, numpy as np; from stpath_runtime import Engine; from stpath_export.proof import random_slide\n"
+        "np.save(sys.argv[2], Engine.load(sys.argv[1], backend='openvino').embed(random_slide(150, 96, 3)))"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code, own, tmp_path / f"{i}.npy"]) for i in range(3)]
+    assert [run.wait() for run in runs] == [0, 0, 0]
+    expected = Engine.load(own).embed(SLIDE)
+    for i in range(3):
+        assert relative_l2(np.load(tmp_path / f"{i}.npy"), expected) <= 1e-5
+    assert not [path for path in (own / "cache").rglob("*") if path.name.endswith(".partial")]
+
+
+def test_a_cpu_without_bfloat16_is_refused_and_never_given_float32(own, monkeypatch):
+    monkeypatch.setattr(OpenVinoBackend, "capabilities", lambda self: ["FP32", "INT8"])
+    with pytest.raises(InputError, match="precision bf16: this CPU has neither AMX nor AVX-512-BF16"):
+        Engine.load(own, backend="openvino", precision="bf16")
+    Engine.load(own, backend="openvino", precision="fp32")
+
+
+def test_openvino_that_is_not_installed(own, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InputError, match=r"OpenVINO is not installed; run: pip install 'stpath-engine\[openvino\]'"):
+        Engine.load(own, backend="openvino")
+
+
+def test_other_devices_and_half_precision_are_refused(own):
+    with pytest.raises(InputError, match="the backend openvino runs on the CPU; give --device cpu"):
+        Engine.load(own, backend="openvino", device="cuda:0")
+    with pytest.raises(InputError, match="precision fp16: the backend openvino has fp32 and bf16"):
+        Engine.load(own, backend="openvino", precision="fp16")
+    manifest = Manifest.read(own)
+    Manifest(**{**vars(manifest), "precision": "fp16"}).write(own)
+    for precision in (None, "bf16"):
+        with pytest.raises(InputError, match="an fp16 engine; the backend openvino takes fp32 engines alone"):
+            Engine.load(own, backend="openvino", precision=precision)
+
+
+def test_memory_is_honoured(own):
+    slide = random_slide(3000, 96, 0)
+    with pytest.raises(InputError, match="do not hold one tile"):
+        Engine.load(own, backend="openvino").embed(slide, memory=2**20)
+
+
+def test_the_command_line_takes_backend_and_precision(own, tmp_path, capsys, bf16):
+    import anndata
+
+    from helpers import write_slide
+
+    (_, slide, _), *_ = load_golden("tiny_masked").slides()
+    words = ["predict", write_slide(slide, tmp_path / "s.h5"), "--engine", own, "--out", tmp_path / "p.h5ad"]
+    assert main([str(word) for word in [*words, "--backend", "auto", "--precision", "bf16"]]) == 0
+    _, err = capsys.readouterr()
+    assert err.startswith("backend auto: openvino, bf16 on cpu (")
+    assert len(err.splitlines()) == 1
+    facts = anndata.read_h5ad(tmp_path / "p.h5ad").uns["stpath"]
+    assert (facts["backend"], facts["precision"]) == ("openvino", "bf16")
+    assert main([str(word) for word in [*words, "--precision", "bf16"]]) == 2
+    assert "give --backend openvino" in capsys.readouterr().err
