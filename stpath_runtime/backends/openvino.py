@@ -80,6 +80,7 @@ class OpenVinoBackend:
             )
         self._engine, self._precision = engine, precision
         self._graphs: dict[str, openvino.CompiledModel] = {}
+        self._latest = ""  # the graph that was run last
         self._loading = threading.Lock()
 
     def capabilities(self) -> list[str]:
@@ -92,6 +93,10 @@ class OpenVinoBackend:
         with self._loading:
             if graph not in self._graphs:
                 self._graphs[graph] = self._load(graph)
+            if self._latest not in ("", graph):  # each graph would keep the scores of its largest tile
+                with suppress(RuntimeError):  # another thread is running it
+                    self._graphs[self._latest].release_memory()
+            self._latest = graph
         request = self._graphs[graph].create_infer_request()
         given = {name: self._tensor(graph, name, array) for name, array in inputs.items()}
         outputs = request.infer(given, share_inputs=True, share_outputs=True)  # no copies: the request is ours alone

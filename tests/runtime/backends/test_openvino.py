@@ -191,3 +191,25 @@ def test_the_command_line_takes_backend_and_precision(own, tmp_path, capsys, bf1
     assert (facts["backend"], facts["precision"]) == ("openvino", "bf16")
     assert main([str(word) for word in [*words, "--precision", "bf16"]]) == 2
     assert "give --backend openvino" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_encoder_keeps_to_its_memory(own, precision, request):
+    """In a process of its own: graphs do not each keep the scores of their largest tile."""
+    if precision == "bf16":
+        request.getfixturevalue("bf16")
+    code = (
+        "import re, sys\n"
+        "from stpath_runtime import Engine, Slide\n"
+        "from stpath_export.proof import random_slide\n"
+        "peak = lambda f: int(re.search(f + r':\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024\n"
+        "engine = Engine.load(sys.argv[1], backend='openvino', precision=sys.argv[2])\n"
+        "slide = random_slide(9000, 96, 0)\n"
+        "engine.embed(Slide(slide.coords[:9], slide.features[:9]))\n"
+        "before = peak('VmRSS')\n"
+        "engine.embed(slide, memory=300 << 20)\n"
+        "print(peak('VmHWM') - before)"
+    )
+    command = [sys.executable, "-c", code, own, precision]
+    taken = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert taken < 1.1 * (300 << 20)
