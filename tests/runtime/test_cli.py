@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import anndata
+import anndata.io
 import h5py
 import numpy as np
 import pytest
@@ -213,12 +214,12 @@ def test_an_interrupted_run_leaves_nothing(number, slide_file, tiny_engine, tmp_
     out = tmp_path / "out"
     out.mkdir()
     code = f"""
-import os, sys, anndata
+import os, sys, anndata.io
 from stpath_runtime.cli import main
-def write(adata, path):
-    path.write_bytes(b"half")
+def write(file, key, adata):
+    file["half"] = 1
     os.kill(os.getpid(), {int(number)})
-anndata.AnnData.write_h5ad = write
+anndata.io.write_elem = write
 sys.exit(main(sys.argv[1:]))
 """
     words = ["predict", str(slide_file), "--engine", str(tiny_engine), "--out", str(out / "p.h5ad")]
@@ -258,11 +259,11 @@ def test_an_unforeseen_fault_is_one_line_too(stpath, monkeypatch, tmp_path):
 
 
 def test_a_failed_write_leaves_no_file(slide_file, tiny_engine, stpath, monkeypatch, tmp_path):
-    def full_disk(adata, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
+    def full_disk(file, key, adata):
+        file["half"] = 1
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(anndata.AnnData, "write_h5ad", full_disk)
+    monkeypatch.setattr(anndata.io, "write_elem", full_disk)
     result = stpath("predict", slide_file, "--engine", tiny_engine, "--out", tmp_path / "p.h5ad")
     assert_refused(result, "p.h5ad: cannot be written (No space left on device)")
     assert list(tmp_path.iterdir()) == []
