@@ -11,7 +11,7 @@ import typer
 
 from stpath_runtime import commands
 from stpath_runtime.commands import Backend, Device
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import CheckpointError
 from stpath_runtime.progress import progress_bar
 from stpath_train.cli import TRAIN, require
 
@@ -72,7 +72,7 @@ def verify(
     if model.config != manifest.model:
         theirs, ours = asdict(model.config), asdict(manifest.model)
         different = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
-        raise InputError(
+        raise CheckpointError(
             f"{checkpoint}: another model than {engine}'s ({different}); that engine was made from "
             f"{manifest.checkpoint['name']}"
         )

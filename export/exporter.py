@@ -17,7 +17,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import OptionError, OutputError, VocabularyError
 from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest, sha256
 from stpath_runtime.output import require_writable
 from stpath_runtime.progress import OnTile
@@ -85,9 +85,9 @@ def export_engine(
         If the engine misses the bar; nothing is left at `out`.
     """
     if precision not in DTYPES:
-        raise InputError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+        raise OptionError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
     if out.exists():
-        raise InputError(f"{out}: exists already; remove it or choose another folder")
+        raise OutputError(f"{out}: exists already; remove it or choose another folder")
     require_writable(out)
     model = load_checkpoint(checkpoint)
     vocabulary = read_vocabulary(genes, model, str(checkpoint))
@@ -112,7 +112,7 @@ def read_vocabulary(genes: Path | None, model: STPath, name: str) -> GeneVocabul
     vocabulary = GeneVocabulary.published() if genes is None else GeneVocabulary.read(genes)
     if vocabulary.n_tokens != model.config.n_tokens:
         source = genes or "the published vocabulary"
-        raise InputError(
+        raise VocabularyError(
             f"{name}: the checkpoint has {model.config.n_tokens:,} gene tokens, but {source} gives "
             f"{vocabulary.n_tokens:,} ({len(vocabulary):,} genes and 2); give the model's own with --genes"
         )

@@ -17,9 +17,9 @@ import typer
 
 from . import __version__
 from .commands import COMMANDS
-from .errors import InputError, InputWarning, ParityError
+from .errors import INTERRUPTED, InputError, InputWarning, OptionError, ParityError, code_of
 
-INTERRUPTED = 130
+CTRL_C = 130  # the exit code
 
 app = typer.Typer(
     help="Predict the expression of 38,982 genes at every spot of a pathology slide, with STPath engines.",
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not _is_own(given):
                 _add_commands()
             code = app(given, standalone_mode=False)
-        if code == INTERRUPTED:  # typer takes Ctrl-C itself
+        if code == CTRL_C:  # typer takes Ctrl-C itself
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except Exception as error:
@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _report(error)
     except KeyboardInterrupt:
-        typer.echo("error: interrupted; nothing half-written is left", err=True)
-        return INTERRUPTED
+        _print_error(INTERRUPTED, "interrupted; nothing half-written is left")
+        return CTRL_C
 
 
 def _stop(number: int, frame: object) -> None:
@@ -103,22 +103,25 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
 
 def _report(error: Exception) -> int:
     """Print one line for an error; returns the exit code."""
+    code, exit_code = code_of(error), 2
     if isinstance(error, ParityError):
-        line, code = f"parity failed: {error}", 3
+        line, exit_code = f"parity failed: {error}", 3
     elif isinstance(error, InputError):
-        line, code = str(error), 2
-    elif isinstance(error, typer.TyperException) and not error.format_message():
-        return 2  # no command given: the help was printed
+        line = str(error)
     elif isinstance(error, typer.TyperException):
-        line, code = f"{error.format_message().rstrip('.')}; see stpath --help", 2
+        if not error.format_message():
+            return 2  # no command given: the help was printed
+        line, code = f"{error.format_message().rstrip('.')}; see stpath --help", OptionError.code
     elif isinstance(error, OSError):
-        line, code = f"{error.filename or 'files'}: {error.strerror or error}", 2
+        line = f"{error.filename or 'files'}: {error.strerror or error}"
     elif isinstance(error, MemoryError):
-        line, code = f"not enough memory ({error}); ask for fewer genes or smaller slides", 2
+        line = f"not enough memory ({error}); ask for fewer genes or smaller slides"
     else:
-        line, code = (
-            f"{type(error).__name__}: {error}; a fault of stpath-engine: run again with --debug and report it",
-            1,
-        )
-    typer.echo("error: " + " ".join(line.split()), err=True)
-    return code
+        exit_code = 1
+        line = f"{type(error).__name__}: {error}; a fault of stpath-engine: run again with --debug and report it"
+    _print_error(code, line)
+    return exit_code
+
+
+def _print_error(code: str, line: str) -> None:
+    typer.echo(f"error[{code}]: {' '.join(line.split())}", err=True)

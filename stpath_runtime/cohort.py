@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import Engine
-from .errors import InputError, InputWarning
+from .errors import CohortError, InputError, InputWarning, OutputError
 from .output import Format, remove, require_spatialdata, require_writable
 from .pipeline import Job, Outcome, Settings, Watch, run_jobs
 from .progress import cohort_progress
@@ -73,21 +73,21 @@ def read_cohort(
         target = join(out, f"{slide_name(slide)}{form.suffix}")
         job = Job(slide, target, row.get("organ") or organ, row.get("technology") or technology, row.get("context"))
         if target in jobs:
-            raise InputError(f"{source}: {jobs[target].slide} and {slide} would both be {target}; rename one")
+            raise CohortError(f"{source}: {jobs[target].slide} and {slide} would both be {target}; rename one")
         jobs[target] = job
     read = {_place(name) for job in jobs.values() for name in (job.slide, job.context) if name is not None}
     for target in jobs:
         if _place(target) in read:
-            raise InputError(f"--out {out}: {target} would overwrite an input; choose another folder")
+            raise OutputError(f"--out {out}: {target} would overwrite an input; choose another folder")
     if not jobs:
-        raise InputError(f"{source}: no slides; expected rows below the header, or files {', '.join(ENDINGS)}")
+        raise CohortError(f"{source}: no slides; expected rows below the header, or files {', '.join(ENDINGS)}")
     organs, technologies = {job.organ for job in jobs.values()}, {job.technology for job in jobs.values()}
     for names, token in ((organs, organ_token), (technologies, technology_token)):
         for name in sorted(names - {None}, key=str):
             try:
                 token(name)
             except InputError as error:
-                raise InputError(f"{source}: {error}") from None
+                raise CohortError(f"{source}: {error}") from None
     return list(jobs.values())
 
 
@@ -150,14 +150,14 @@ def _alone_in(out: str) -> Iterator[None]:
 
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--out {out}: a file stands there; give a folder")
+        raise OutputError(f"--out {out}: a file stands there; give a folder")
     require_writable(folder / SUMMARY)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise InputError(f"--out {out}: another run is at work in this folder; wait for it to end") from None
+        raise OutputError(f"--out {out}: another run is at work in this folder; wait for it to end") from None
     try:
         _sweep(folder)
         yield
@@ -176,19 +176,19 @@ def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
     """Slides of a manifest, and what it says of each."""
     with fetched(source) as path:
         if not path.is_file():
-            raise InputError(f"{source}: no such manifest")
+            raise CohortError(f"{source}: no such manifest")
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(f"{source}: not text in UTF-8 ({error}); save it as CSV in UTF-8") from error
+            raise CohortError(f"{source}: not text in UTF-8 ({error}); save it as CSV in UTF-8") from error
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
         header = [name.strip() for name in reader.fieldnames or []]
         rows = [(reader.line_num, row) for row in reader if any(row.values())]  # empty ones as Excel leaves them
     except csv.Error as error:
-        raise InputError(f"{source}: not a CSV file ({error})") from error
+        raise CohortError(f"{source}: not a CSV file ({error})") from error
     if "slide" not in header or len(set(header)) < len(header):
-        raise InputError(f"{source}: the first line names the columns, slide among them, each once; it is: {header}")
+        raise CohortError(f"{source}: the first line names the columns, slide among them, each once; it is: {header}")
     for name in header:
         if name not in COLUMNS:
             near = nearest_names(name, COLUMNS)
@@ -198,11 +198,11 @@ def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
 
 def _row(row: dict[str | None, Any], source: str, line: int) -> tuple[str, dict[str, str]]:
     if None in row or None in row.values():
-        raise InputError(f"{source}: line {line} has not as many fields as the header; quote those that hold a comma")
+        raise CohortError(f"{source}: line {line} has not as many fields as the header; quote those that hold a comma")
     told = {str(name).strip(): value.strip() for name, value in row.items() if value.strip()}
     slide = told.pop("slide", "")
     if not slide_name(slide).strip("."):
-        raise InputError(f"{source}: line {line} names no slide ({slide!r}); give a path or URL")
+        raise CohortError(f"{source}: line {line} names no slide ({slide!r}); give a path or URL")
     if "context" in told:
         told["context"] = _beside(source, told["context"])
     return _beside(source, slide), told
@@ -217,13 +217,13 @@ def _beside(source: str, path: str) -> str:
 
 def _folder(source: str, out: str) -> list[str]:
     if is_url(source):
-        raise InputError(f"{source}: give a manifest (.csv) of URLs; only a folder of this machine is listed")
+        raise CohortError(f"{source}: give a manifest (.csv) of URLs; only a folder of this machine is listed")
     folder = Path(source)
     if not folder.is_dir():
         what = "a file" if folder.exists() else "no such folder"
-        raise InputError(f"{source}: {what}, and no manifest (.csv); give one of both, or one slide to stpath predict")
+        raise CohortError(f"{source}: {what}, and no manifest (.csv); give one of both, or one slide to stpath predict")
     if _place(source) == _place(out):
-        raise InputError(f"--out {out}: the folder of the slides, of which results would be slides; choose another")
+        raise OutputError(f"--out {out}: the folder of the slides, of which results would be slides; choose another")
     found = (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
     return [str(entry) for entry in found if entry.name.lower().endswith(ENDINGS)]
 
@@ -250,9 +250,9 @@ def _write_tables(jobs: Sequence[Job], outcomes: Sequence[Outcome], earlier: dic
     found = {outcome.output: _summary_row(outcome, earlier.get(outcome.output)) for outcome in outcomes}
     rows = [row for job in jobs if (row := found.get(job.target, earlier.get(job.target))) is not None]
     _write_csv(join(out, SUMMARY), SUMMARY_COLUMNS, rows)
-    failed = [[o.slide, o.reason] for o in outcomes if o.status == "failed"]
+    failed = [[o.slide, o.code, o.reason] for o in outcomes if o.status == "failed"]
     if failed:
-        _write_csv(join(out, FAILURES), ("slide", "reason"), failed)
+        _write_csv(join(out, FAILURES), ("slide", "code", "reason"), failed)
     elif is_url(out):
         discard(join(out, FAILURES))  # of an earlier run
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import InputError
+from .errors import OptionError, OutputError
 from .names import listed_names
 from .output import Format, require_writable
 from .progress import progress_bar
@@ -93,7 +93,9 @@ def predict(
     from .readers import read_context, read_slide
 
     if context is not None and len(slides) > 1:
-        raise InputError(f"--context {context}: the counts of one slide, for {len(slides)} slides; run each on its own")
+        raise OptionError(
+            f"--context {context}: the counts of one slide, for {len(slides)} slides; run each on its own"
+        )
     _require_context(context is not None, context_spots, fill_context)
     inputs = [*slides, *([context] if context is not None else [])]
     targets = choose_targets(slides, out, form)
@@ -352,13 +354,15 @@ def _gene_names(genes: str) -> list[str] | None:
 def _require_context(given: bool, context_spots: str | None, fill_context: bool) -> None:
     if not given and (context_spots is not None or fill_context):
         option = "--fill-context" if context_spots is None else "--context-spots"
-        raise InputError(f"{option}: there is no context; give counts with --context, or the manifest's column context")
+        raise OptionError(
+            f"{option}: there is no context; give counts with --context, or the manifest's column context"
+        )
 
 
 def _decoded_target(prediction: Path, out: Path | None, form: Format | None) -> tuple[Path, Format]:
     """Where a prediction with more genes goes, and as what: as it was, where nothing else is said."""
     if out is None and form is not None:
-        raise InputError(f"--format {form}: give --out too; without it {prediction} is written anew as it was")
+        raise OptionError(f"--format {form}: give --out too; without it {prediction} is written anew as it was")
     if out is None:
         spatial = (prediction / "tables").is_dir()
         return prediction, Format.SPATIALDATA if spatial else Format.ZARR if prediction.is_dir() else Format.H5AD
@@ -369,7 +373,7 @@ def _decoded_target(prediction: Path, out: Path | None, form: Format | None) -> 
 
 def _require_png(out: Path) -> None:
     if out.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
+        raise OutputError(f"--out {out}: the picture is a PNG; give a name that ends in .png")
     require_writable(out)
 
 
@@ -377,7 +381,7 @@ def _whole_numbers(text: str) -> list[int]:
     """Numbers from '8,16,32', each above 0."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise InputError(f"--neighbors {text}: give whole numbers from 1, such as 8,16,32")
+        raise OptionError(f"--neighbors {text}: give whole numbers from 1, such as 8,16,32")
     return sorted({int(word) for word in words})
 
 

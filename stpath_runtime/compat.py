@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from .context import Context
 from .engine import Engine
-from .errors import InputError, InputWarning
+from .errors import CheckpointError, ContextError, FileError, InputWarning, VocabularyError
 from .manifest import sha256
 from .slide import Slide
 from .vocabulary import GeneVocabulary
@@ -58,7 +58,7 @@ class STPathInference:
         engine = path if path.is_dir() else _exported_once(path, genes)
         self.engine = Engine.load(engine, device=_device(device))
         if genes is not None and GeneVocabulary.read(genes).ensembl_ids != self.engine.vocabulary.ensembl_ids:
-            raise InputError(
+            raise VocabularyError(
                 f"{genes}: other genes than those of the engine {engine}; give the vocabulary it was made with"
             )
 
@@ -98,7 +98,7 @@ class STPathInference:
         if context_ids is not None and context_gene_exps is not None and context_gene_names is not None:
             context = Context(np.asarray(context_ids), context_gene_exps, context_gene_names)
         elif not (context_ids is None and context_gene_exps is None and context_gene_names is None):
-            raise InputError("give all three of context_ids, context_gene_exps and context_gene_names, or none")
+            raise ContextError("give all three of context_ids, context_gene_exps and context_gene_names, or none")
         adata = self.engine.predict(slide, genes=save_gene_names, context=context)
         if save_gene_names is None:
             adata.var_names = adata.var["gene_ids"].astype(object).to_numpy()
@@ -110,7 +110,7 @@ def _exported_once(checkpoint: Path, genes: Path | None) -> Path:
     """The engine of a checkpoint, in a folder beside it that its hash and the vocabulary's name."""
     for path in (checkpoint, genes):
         if path is not None and not path.is_file():
-            raise InputError(f"{path}: no such file")
+            raise FileError(f"{path}: no such file")
     sources = sha256(checkpoint) + (sha256(genes) if genes is not None else "")
     engine = checkpoint.with_name(f"{checkpoint.name}.engine-{hashlib.sha256(sources.encode()).hexdigest()[:16]}")
     if engine.is_dir():
@@ -121,7 +121,7 @@ def _exported_once(checkpoint: Path, genes: Path | None) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and not engine.is_dir():  # another process may have exported it meanwhile
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise InputError(f"{checkpoint}: the export failed: {lines[-1].removeprefix('error: ')}")
+        raise CheckpointError(f"{checkpoint}: the export failed: {lines[-1]}")
     return engine
 
 

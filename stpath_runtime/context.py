@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, InputWarning
+from .errors import ContextError, InputWarning, OptionError
 from .names import listed_names
 from .slide import Slide, text
 from .vocabulary import GeneVocabulary
@@ -52,11 +52,11 @@ class Context:
         """
         name = f"context of {slide.name}"
         if isinstance(self.genes, str) or isinstance(self.ids, str):
-            raise InputError(f"{name}: ids and genes must be lists of names, not one text")
+            raise ContextError(f"{name}: ids and genes must be lists of names, not one text")
         counts = as_csr(self.counts, name)
         ids, genes = list(np.asarray(self.ids, object).ravel()), [text(gene, name) for gene in self.genes]
         if counts.shape != (len(ids), len(genes)):
-            raise InputError(
+            raise ContextError(
                 f"{name}: counts have the shape {list(counts.shape)}; expected [{len(ids)} spots, {len(genes)} genes]"
             )
         spots = _positions(ids, slide)
@@ -94,7 +94,7 @@ def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
         where = {barcode: position for position, barcode in enumerate(slide.obs_names)}
         missing = [name for name in names if name not in where]
         if missing:
-            raise InputError(
+            raise ContextError(
                 f"context of {slide.name}: {len(missing):,} of {len(names):,} barcodes are not in the slide, "
                 f"the first is {missing[0]!r} (the slide's first is {slide.obs_names[0]!r})"
             )
@@ -102,13 +102,13 @@ def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
     elif all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in names):
         outside = [int(i) for i in names if not 0 <= i < len(slide)]
         if outside:
-            raise InputError(f"context of {slide.name}: spot {outside[0]} is not in 0..{len(slide) - 1}")
+            raise ContextError(f"context of {slide.name}: spot {outside[0]} is not in 0..{len(slide) - 1}")
         spots = [int(i) for i in names]
     else:
-        raise InputError(f"context of {slide.name}: ids must be all barcodes or all integer positions")
+        raise ContextError(f"context of {slide.name}: ids must be all barcodes or all integer positions")
     if len(set(spots)) != len(spots):
         twice = next(name for name, spot in zip(names, spots, strict=True) if spots.count(spot) > 1)
-        raise InputError(f"context of {slide.name}: spot {twice!r} stands twice; give each one row of counts")
+        raise ContextError(f"context of {slide.name}: spot {twice!r} stands twice; give each one row of counts")
     return np.array(spots, dtype=np.int64)
 
 
@@ -131,7 +131,7 @@ def as_csr(counts: Any, name: str) -> csr_matrix:
             raise ValueError(f"type {counts.dtype}, shape {list(counts.shape)}")
         found = csr_matrix(counts, dtype=np.float32)
     except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{name}: the counts are no matrix [spots, genes] of numbers ({error})") from error
+        raise ContextError(f"{name}: the counts are no matrix [spots, genes] of numbers ({error})") from error
     found.sum_duplicates()
     return found
 
@@ -158,7 +158,7 @@ def known_genes(
     known = np.flatnonzero([token is not None for token in found])
     if len(known) == 0:
         first = f" (the first is {genes[0]!r})" if len(genes) else ""
-        raise InputError(
+        raise ContextError(
             f"{name}: none of its {len(genes):,} genes is known to the model{first}; give symbols or Ensembl ids"
         )
     tokens = np.array([found[i] for i in known], dtype=np.int64)
@@ -169,9 +169,9 @@ def _check_counts(counts: csr_matrix, name: str) -> None:
     values = counts.data
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
-        raise InputError(f"{name}: {bad:,} counts are NaN or infinite; give raw counts")
+        raise ContextError(f"{name}: {bad:,} counts are NaN or infinite; give raw counts")
     if (values < 0).any():
-        raise InputError(
+        raise ContextError(
             f"{name}: {int((values < 0).sum()):,} counts are negative (lowest {values.min():g}); give raw "
             "counts, not scaled or normalised values"
         )
@@ -210,7 +210,7 @@ def choose_spots(context: Context, slide: Slide, which: str) -> Context:
     row = {barcode: i for i, barcode in enumerate(context.ids)}
     if len(row) < len(context.ids):
         twice = next(barcode for i, barcode in enumerate(context.ids) if row[barcode] != i)
-        raise InputError(f"{name}: spot {twice!r} stands twice; give each one row of counts")
+        raise ContextError(f"{name}: spot {twice!r} stands twice; give each one row of counts")
     if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", which.strip()):
         masked = masked_spots(slide.coords, 1 - _fraction(share[1]))
         others = np.setdiff1d(np.arange(len(slide)), masked)
@@ -222,12 +222,12 @@ def choose_spots(context: Context, slide: Slide, which: str) -> Context:
     else:
         known = _mask(Path(which)) if which.endswith(".csv") else listed_names(which, "--context-spots", "barcode")
         if missing := [barcode for barcode in known if barcode not in row]:
-            raise InputError(
+            raise ContextError(
                 f"--context-spots {which}: {len(missing):,} of {len(known):,} barcodes have no counts, the first is "
                 f"{missing[0]!r}"
             )
     if not known:
-        raise InputError(
+        raise ContextError(
             f"{name}: --context-spots {which} chooses no spot that has counts; choose others or leave it out"
         )
     return Context(known, as_csr(context.counts, name)[[row[barcode] for barcode in known]], context.genes)
@@ -253,21 +253,21 @@ def masked_spots(coords: npt.NDArray[Any], masked: float) -> npt.NDArray[np.int6
 def _fraction(percent: str) -> float:
     share = float(percent) / 100
     if not 0 < share < 1:
-        raise InputError(f"--context-spots {percent}%: give a share above 0% and below 100%")
+        raise OptionError(f"--context-spots {percent}%: give a share above 0% and below 100%")
     return share
 
 
 def _mask(path: Path) -> list[str]:
     """The barcodes that a mask file marks as context."""
     if not path.is_file():
-        raise InputError(f"--context-spots {path}: no such file")
+        raise OptionError(f"--context-spots {path}: no such file")
     truth = {"1": True, "true": True, "0": False, "false": False}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
         return [row["barcode"] for row in rows if truth[row["context"].strip().lower()]]
     except (KeyError, AttributeError, ValueError, csv.Error) as error:
-        raise InputError(
+        raise OptionError(
             f"--context-spots {path}: no mask ({type(error).__name__}: {error}); give a .csv with the columns barcode "
             "and context, which is 1 or 0"
         ) from error

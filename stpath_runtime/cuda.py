@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import DeviceError, InstallError, MemoryLimitError
 
 
 class Gpu:
@@ -32,18 +32,18 @@ class Gpu:
     def __init__(self, device: str) -> None:
         match = re.fullmatch(r"cuda(?::(\d+))?", device)
         if match is None:
-            raise InputError(f"device {device!r}: TensorRT runs on NVIDIA GPUs only; give cuda:N, such as cuda:0")
+            raise DeviceError(f"device {device!r}: TensorRT runs on NVIDIA GPUs only; give cuda:N, such as cuda:0")
         try:
             from cuda.bindings import runtime
         except ImportError as error:
-            raise InputError("CUDA's Python bindings are not installed; run: pip install cuda-bindings") from error
+            raise InstallError("CUDA's Python bindings are not installed; run: pip install cuda-bindings") from error
         self._cuda: Any = runtime
         self._index = int(match[1] or 0)
         self.device = f"cuda:{self._index}"
         failure, count = runtime.cudaGetDeviceCount()
         if failure or self._index >= count:
             why = f"there are {count}, from cuda:0" if not failure else f"CUDA finds no GPU: {_name(failure)}"
-            raise InputError(f"device {self.device}: not there ({why}); check nvidia-smi")
+            raise DeviceError(f"device {self.device}: not there ({why}); check nvidia-smi")
         self.use()
         facts = self._call("cudaGetDeviceProperties", self._index)
         self.target = f"sm_{facts.major}{facts.minor}"  # its generation, as compilers name it
@@ -99,7 +99,7 @@ class Gpu:
         error, *found = getattr(self._cuda, function)(*arguments)
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             asked = f"{arguments[0] / 2**20:,.0f} MiB" if function == "cudaMalloc" else "what it needs"
-            raise InputError(f"{self.device}: not enough GPU memory for {asked}; give less with --memory")
+            raise MemoryLimitError(f"{self.device}: not enough GPU memory for {asked}; give less with --memory")
         if error:
             raise RuntimeError(f"{self.device}: {function} failed with {_name(error)}")
         return found[0] if len(found) == 1 else tuple(found)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .engine import Engine
-from .errors import InputError, InputWarning
+from .errors import InputWarning, PredictionError
 from .output import SHAPES, TABLE, Format
 from .prediction import EMBEDDING, Prediction
 from .progress import OnTile
@@ -59,9 +59,9 @@ def add_genes(
             _require_nothing_lost(prediction, found.var.columns)
         made_by, embedding = found.uns["stpath"].get("engine"), found.obsm.get(EMBEDDING)
         if embedding is None:
-            raise InputError(f"{prediction}: keeps no embedding; predict it again with --embeddings")
+            raise PredictionError(f"{prediction}: keeps no embedding; predict it again with --embeddings")
         if made_by != engine.hash():
-            raise InputError(
+            raise PredictionError(
                 f"{prediction}: predicted by another engine ({str(made_by)[:12]}…, not {engine.path}, "
                 f"{engine.hash()[:12]}…); give that one, or predict it again with this one"
             )
@@ -88,14 +88,14 @@ def _require_nothing_lost(prediction: Path, columns: Iterable[str]) -> None:
     with opened(prediction, "a prediction") as source:
         zarr = isinstance(source, ZarrSource)
         if zarr and not prediction.is_dir():
-            raise InputError(f"{prediction}: an archive, which is not written anew; give --out, a .zarr or .h5ad")
+            raise PredictionError(f"{prediction}: an archive, which is not written anew; give --out, a .zarr or .h5ad")
         spatial = zarr and "tables" in source.names()
         at = f"tables/{TABLE}/" if spatial else ""
         held = [f"{group}/{name}" for group in LOST for name in source.names(f"{at}{group}")]
         held += [f"{kind}/{name}" for kind in source.names() if spatial for name in source.names(kind)]
     held += [f"var/{column}" for column in columns]
     if more := [name for name in held if name not in WRITTEN]:
-        raise InputError(
+        raise PredictionError(
             f"{prediction}: holds what stpath did not write and would not keep ({', '.join(more[:3])}"
             f"{', ...' if len(more) > 3 else ''}); give --out, another file"
         )

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import ClusterError, InstallError, MemoryLimitError
 from .output import Format
 from .pipeline import LISTS, Job, Outcome, Settings, run_jobs
 from .remote import is_url
@@ -61,7 +61,7 @@ def run_on_ray(
         import ray
         import ray.data
     except ImportError as error:
-        raise InputError("--ray needs Ray; run: pip install 'stpath-engine[ray]'") from error
+        raise InstallError("--ray needs Ray; run: pip install 'stpath-engine[ray]'") from error
     try:
         _require_answer(address)
         ray.init(
@@ -71,7 +71,7 @@ def run_on_ray(
             logging_level=logging.ERROR,
         )
     except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"--ray {address}: no cluster there ({error}); start one with: ray start --head") from error
+        raise ClusterError(f"--ray {address}: no cluster there ({error}); start one with: ray start --head") from error
     try:
         _require_room(ray.cluster_resources(), address, workers, cpus, gpus)  # type: ignore[no-untyped-call]
         context = ray.data.DataContext.get_current()
@@ -85,9 +85,9 @@ def run_on_ray(
                 job = waiting.pop(found.output)
                 yield replace(found, slide=job.slide, output=job.target)
         for job in waiting.values():
-            yield Outcome(job.slide, job.target, "failed", reason=DIED)
+            yield Outcome(job.slide, job.target, "failed", code=MemoryLimitError.code, reason=DIED)
     except ray.exceptions.RayError as error:
-        raise InputError(
+        raise ClusterError(
             f"--ray {address}: no worker could be started ({str(error).strip().splitlines()[-1]}); engine, slides and "
             "results must be where every machine finds them"
         ) from error
@@ -145,7 +145,7 @@ def _require_room(resources: dict[str, float], address: str, workers: int, cpus:
     """Refuse what the cluster does not have: Ray would wait for it without end."""
     for what, one, there in (("CPUs", cpus, resources.get("CPU", 0)), ("GPUs", gpus, resources.get("GPU", 0))):
         if workers * one > there:
-            raise InputError(
+            raise ClusterError(
                 f"--ray {address}: {workers} engines of {one:g} {what} need {workers * one:g}, the cluster has "
                 f"{there:g}; lower --workers, --cpus or --gpus"
             )

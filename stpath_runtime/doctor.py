@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .backends import installed
-from .errors import InputError, InputWarning, ParityError
+from .errors import BackendError, InputError, InputWarning, ParityError
 from .manifest import Manifest
 
 SPOTS, KNN = 300, 8  # of the slide that backends are compared on
@@ -62,7 +62,7 @@ def examine(engine: Path | None) -> None:
     differs = compare(engine, [way for way in WAYS if faults[way] is None]) if engine is not None else {}
     _print(gpus, faults, differs, engine)
     if (fault := faults[DEFAULT]) is not None:
-        raise InputError(f"the default backend does not work: {fault}")
+        raise BackendError(f"the default backend does not work: {fault}")
     wrong = [f"{way.backend} {way.precision or ''}".strip() for way, (_, passed) in differs.items() if not passed]
     if wrong:
         raise ParityError(

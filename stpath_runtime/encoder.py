@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from .backends import Backend
 from .context import ContextRows
-from .errors import InputError
+from .errors import MemoryLimitError, SlideError
 from .manifest import ModelConfig
 from .neighbors import BLOCK, Plan
 from .output import CHUNK
@@ -219,7 +219,7 @@ def encode(
     embedding: npt.NDArray[np.float32] = keys.of_spots(x).astype(np.float32, copy=False)
     finite = np.isfinite(embedding).all(axis=1)
     if not finite.all():
-        raise InputError(
+        raise SlideError(
             f"{spots.name}: the model gives NaN or infinity at {int((~finite).sum()):,} spots, the first at spot "
             f"{int(np.argmin(finite))}; its features are too large, or too "
             f"large for {precision}"
@@ -240,7 +240,7 @@ def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str,
     fit = (memory - kept) // row_bytes // keys.unit * keys.unit
     if fit < keys.unit:
         least = kept + keys.unit * row_bytes
-        raise InputError(
+        raise MemoryLimitError(
             f"{name}: {_mebibytes(memory)} of memory do not hold one tile of {keys.rows:,} spots; the least that works "
             f"is {_mebibytes(least)} (--memory)"
         )

@@ -15,7 +15,7 @@ from . import encoder
 from .backends import Backend, open_backend
 from .context import Context, ContextRows
 from .encoder import AllSpots, NearestSpots, Spots
-from .errors import InputError, InputWarning
+from .errors import EngineError, FeaturesError, GeneError, InputWarning, OptionError, PredictionError, SlideError
 from .manifest import ATTENTIONS, GENES, MANIFEST, Manifest, sha256
 from .neighbors import plan_blocks
 from .prediction import EMBEDDING, Prediction, new_frame
@@ -69,7 +69,7 @@ class Engine:
         manifest.check_files(path)
         vocabulary = GeneVocabulary.read(path / GENES)
         if vocabulary.n_tokens != manifest.model.n_tokens:
-            raise InputError(
+            raise EngineError(
                 f"{path}: the model has {manifest.model.n_tokens:,} gene tokens, its vocabulary "
                 f"{vocabulary.n_tokens:,}; export the engine again"
             )
@@ -139,12 +139,12 @@ class Engine:
             If it is not.
         """
         if not isinstance(slide, Slide):
-            raise InputError(
+            raise SlideError(
                 f"expected a Slide, not {type(slide).__name__}; make one with read_slide(path) or Slide(...)"
             )
         width, expected = slide.features.shape[1], self.manifest.model.n_features
         if width != expected:
-            raise InputError(
+            raise FeaturesError(
                 f"{slide.name}: the features are {width:,} wide; the engine expects {expected:,} "
                 f"({self.manifest.encoder}); compute the features with that encoder"
             )
@@ -183,16 +183,18 @@ class Engine:
         trained = self.manifest.model
         kind = trained.attention if attention is None else attention
         if kind not in ATTENTIONS:
-            raise InputError(f"unknown attention {attention!r}; known: {', '.join(ATTENTIONS)}")
+            raise OptionError(f"unknown attention {attention!r}; known: {', '.join(ATTENTIONS)}")
         if kind == "global":
             if neighbors is not None:
-                raise InputError(f"global attention takes no neighbors ({neighbors!r} given); give attention knn")
+                raise OptionError(f"global attention takes no neighbors ({neighbors!r} given); give attention knn")
             return kind, 0
         k = neighbors if neighbors is not None else trained.neighbors
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or (neighbors is not None and k < 1):
-            raise InputError(f"neighbors must be a whole number from 1, not {neighbors!r}")
+            raise OptionError(f"neighbors must be a whole number from 1, not {neighbors!r}")
         if k < 1:
-            raise InputError("attention knn needs the number of neighbors: the model was trained globally and has none")
+            raise OptionError(
+                "attention knn needs the number of neighbors: the model was trained globally and has none"
+            )
         return kind, int(k)
 
     def decode(
@@ -232,7 +234,7 @@ class Engine:
         d_model = self.manifest.model.d_model
         embedding = np.asarray(embedding)
         if embedding.ndim != 2 or embedding.shape[1] != d_model or embedding.dtype.kind != "f":
-            raise InputError(
+            raise PredictionError(
                 f"{name}: {embedding.dtype} of shape {list(embedding.shape)}; this engine's is float [N, {d_model}]"
             )
         return embedding
@@ -284,10 +286,10 @@ class Engine:
             tokens = self.vocabulary.all_tokens()
             return self.vocabulary.names(tokens), tokens
         if isinstance(genes, str):
-            raise InputError(f"genes must be a list of names, not the text {genes!r}; give [{genes!r}]")
+            raise GeneError(f"genes must be a list of names, not the text {genes!r}; give [{genes!r}]")
         names = _distinct([str(gene) for gene in genes])
         if not names:
-            raise InputError("no gene is asked for; name some, or give None for all")
+            raise GeneError("no gene is asked for; name some, or give None for all")
         return names, self.vocabulary.tokens(names)
 
     def predict(

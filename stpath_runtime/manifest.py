@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import EngineError, InputError
 
 SCHEMA = 1
 MANIFEST = "engine.json"
@@ -66,14 +66,14 @@ class Manifest:
         if not path.is_file():
             why = "no such folder" if not directory.exists() else f"it is a folder without {MANIFEST}"
             why = why if directory.is_dir() or not directory.exists() else "it is a file; give its folder"
-            raise InputError(
+            raise EngineError(
                 f"{directory}: not an engine ({why}); make one with: stpath export CHECKPOINT --out ENGINE"
             )
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             schema = found["schema"]
             if type(schema) is int and schema > SCHEMA:
-                raise InputError(
+                raise EngineError(
                     f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this version reads; "
                     "upgrade stpath-engine, or export the engine again with this version"
                 )
@@ -82,7 +82,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
+            raise EngineError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
         return manifest
 
     def check(self) -> None:
@@ -122,9 +122,9 @@ class Manifest:
         for name, expected in self.files.items():
             path = directory / name
             if not path.is_file():
-                raise InputError(f"{path}: missing from the engine; copy it again or export the engine again")
+                raise EngineError(f"{path}: missing from the engine; copy it again or export the engine again")
             if sha256(path) != expected:
-                raise InputError(
+                raise EngineError(
                     f"{path}: truncated or altered (its SHA-256 is not the one in {MANIFEST}); "
                     "copy it again or export the engine again"
                 )

@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from .errors import InputError
+from .errors import MemoryLimitError, OptionError
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -37,7 +37,9 @@ def available_on_gpu(index: str) -> int:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return int(done.stdout.strip()) * 2**20
     except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise InputError(f"cuda:{index}: nvidia-smi does not tell its free memory ({error}); give --memory") from error
+        raise MemoryLimitError(
+            f"cuda:{index}: nvidia-smi does not tell its free memory ({error}); give --memory"
+        ) from error
 
 
 def parse_bytes(text: str) -> int:
@@ -51,5 +53,5 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if size <= 0:
-        raise InputError(f"memory {text!r} is no size; give a number with K, M, G or T, such as 6G")
+        raise OptionError(f"memory {text!r} is no size; give a number with K, M, G or T, such as 6G")
     return size

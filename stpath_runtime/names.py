@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .errors import InputError
+from .errors import OptionError
 
 
 def listed_names(text: str, option: str, noun: str) -> list[str]:
@@ -24,21 +24,21 @@ def listed_names(text: str, option: str, noun: str) -> list[str]:
     path = Path(text)
     if path.suffix.lower() not in (".txt", ".json"):
         if "," not in text and path.exists():  # a list may be longer than any name of a file
-            raise InputError(f"{option} {path}: give names in a .txt file, one a line, or in a .json file")
+            raise OptionError(f"{option} {path}: give names in a .txt file, one a line, or in a .json file")
         names = text.split(",")
     elif not path.is_file():
-        raise InputError(f"{option} {path}: no such file")
+        raise OptionError(f"{option} {path}: no such file")
     else:
         try:
             read = path.read_text(encoding="utf-8-sig")
             names = read.splitlines() if path.suffix.lower() == ".txt" else _json_names(read)
         except (ValueError, RecursionError) as error:
-            raise InputError(
+            raise OptionError(
                 f"{option} {path}: cannot be read ({error}); give one name a line, or a JSON list"
             ) from error
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        raise InputError(f"{option} {text}: names no {noun}; give A,B,C or a file of names")
+        raise OptionError(f"{option} {text}: names no {noun}; give A,B,C or a file of names")
     return names
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import InstallError, OutputError
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -70,7 +70,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         # HDF5 puts the system's words in the middle of its own.
         inner = re.search(r"error message = '([^']+)'", str(error))
         why = inner[1] if inner else error.strerror or str(error)
-        raise InputError(f"{path}: cannot be written ({why}); free some space or choose another place") from error
+        raise OutputError(f"{path}: cannot be written ({why}); free some space or choose another place") from error
     finally:
         remove(partial)
 
@@ -98,7 +98,7 @@ def require_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({folder}: {error.strerror}); choose another place") from error
+        raise OutputError(f"{path}: cannot be written ({folder}: {error.strerror}); choose another place") from error
 
 
 def is_prediction(path: Path) -> bool:
@@ -216,7 +216,7 @@ def require_spatialdata() -> None:
     from importlib.util import find_spec
 
     if find_spec("spatialdata") is None:
-        raise InputError("SpatialData needs spatialdata; run: pip install 'stpath-engine[spatialdata]'")
+        raise InstallError("SpatialData needs spatialdata; run: pip install 'stpath-engine[spatialdata]'")
 
 
 def _shapes(frame: AnnData) -> Any:

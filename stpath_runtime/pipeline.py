@@ -22,7 +22,7 @@ from typing import Any
 
 from .context import ContextRows, choose_spots
 from .engine import Engine
-from .errors import InputError, InputWarning
+from .errors import InputError, InputWarning, OutputError, code_of
 from .output import PROVENANCE, TABLE, Format, is_prediction
 from .prediction import Prediction
 from .readers import read_context, read_facts, read_slide
@@ -88,6 +88,7 @@ class Outcome:
     spots: int = 0
     seconds: float = 0.0  # of reading, running and writing it, of a batch by its share of the spots
     warnings: tuple[str, ...] = ()
+    code: str = ""  # of the error, where it failed
     reason: str = ""
 
 
@@ -105,7 +106,7 @@ class _Work:
     copies: dict[str, str] = field(default_factory=dict)  # files of this machine, and the URLs that they are copies of
     outcome: Outcome | None = None  # where it is known
 
-    def end(self, status: str, reason: str = "") -> None:
+    def end(self, status: str, code: str = "", reason: str = "") -> None:
         spots = len(self.slide) if self.slide is not None and status == "done" else 0
         told = tuple(dict.fromkeys(map(self._named, self.told)))
         self.outcome = Outcome(
@@ -115,6 +116,7 @@ class _Work:
             spots,
             round(self.seconds, 3),
             told,
+            code,
             " ".join(self._named(reason).split()),
         )
 
@@ -196,7 +198,7 @@ def _read(engine: Engine, job: Job, settings: Settings, identity: dict[str, Any]
             work.end("skipped")
             return work
         if not is_url(job.target) and Path(job.target).exists() and not is_prediction(Path(job.target)):
-            raise InputError(f"{job.target} exists and is no prediction of stpath; move it away")
+            raise OutputError(f"{job.target} exists and is no prediction of stpath; move it away")
         with work.fetched(job.slide) as path:
             slide = read_slide(path, organ=job.organ, technology=job.technology, features_key=settings.features_key)
         if job.context is not None:
@@ -344,4 +346,5 @@ def _step(*works: _Work) -> Iterator[list[Exception]]:
         share = len(work.slide) / spots if len(works) > 1 and work.slide is not None else 1.0
         work.seconds += (time.perf_counter() - start) * share
         for found in failed:
-            work.end("failed", str(found) if isinstance(found, InputError) else f"{type(found).__name__}: {found}")
+            reason = str(found) if isinstance(found, InputError) else f"{type(found).__name__}: {found}"
+            work.end("failed", code_of(found), reason)

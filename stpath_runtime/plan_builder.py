@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from .cuda import Gpu
-from .errors import InputError
+from .errors import InputError, OptionError, PlanError
 from .manifest import WEIGHTS, Manifest
 from .output import require_writable, written_whole
 from .plans import (
@@ -81,7 +81,7 @@ class Build:
             If one of them is not what it has to be, or is not there.
         """
         if library not in LIBRARIES:
-            raise InputError(f"--backend {library}: no plans are built for it; give {' or '.join(LIBRARIES)}")
+            raise OptionError(f"--backend {library}: no plans are built for it; give {' or '.join(LIBRARIES)}")
         manifest = Manifest.read(engine)
         ranges = {graph: input_ranges(graph, manifest.model, max_spots) for graph in stage_graphs(manifest.model)}
         manifest.check_files(engine)
@@ -202,7 +202,7 @@ def parse(trt: ModuleType, builder: Any, onnx: Path, log: Any) -> Any:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx)):
-        raise InputError(f"{onnx}: {_named(trt)} cannot read it: {parser.get_error(0).desc()}")
+        raise PlanError(f"{onnx}: {_named(trt)} cannot read it: {parser.get_error(0).desc()}")
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type == trt.LayerType.ATTENTION_INPUT:
@@ -255,7 +255,7 @@ def build_plan(
     if monitor.stopped is not None:
         raise monitor.stopped
     if plan is None:
-        raise InputError(f"{onnx}: {_named(trt)} cannot build it: {last_error(log)}")
+        raise PlanError(f"{onnx}: {_named(trt)} cannot build it: {last_error(log)}")
     cache.take(config)
     return bytes(memoryview(plan))
 
@@ -314,16 +314,16 @@ def _target(trt: ModuleType, library: str, device: str, target: str | None) -> t
             gpu = Gpu(device)
         except InputError as error:
             without = "; or give --target sm_89, to build for a GPU of another machine"
-            raise InputError(f"{error}{without if library == 'tensorrt_rtx' else ''}") from error
+            raise type(error)(f"{error}{without if library == 'tensorrt_rtx' else ''}") from error
         target, name = gpu.target, gpu.name
     elif library == "tensorrt":
-        raise InputError(f"--target {target}: TensorRT builds for the GPU that it runs on; build there, with --device")
+        raise OptionError(f"--target {target}: TensorRT builds for the GPU that it runs on; build there, with --device")
     else:
         name = ""
     if library == "tensorrt_rtx":
         known = [f"sm_{each[2:]}" for each in trt.ComputeCapability.__members__ if each.startswith("SM")]
         if target not in known:
-            raise InputError(
+            raise OptionError(
                 f"{target}{f' ({name})' if name else ''}: {_named(trt)} builds for {', '.join(known)}; "
                 "for other GPUs build with --backend tensorrt"
             )

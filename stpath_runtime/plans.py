@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from .encoder import DECODED_ROWS, ENOUGH_ROWS, GENES_AT_ONCE
-from .errors import InputError
+from .errors import InstallError, OptionError, PlanError
 from .manifest import WEIGHTS, Manifest, ModelConfig, graph_files, sha256
 from .neighbors import BLOCK, PAD_KEYS
 
@@ -103,7 +103,7 @@ def import_tensorrt(library: str) -> ModuleType:
     try:
         return import_module(library)
     except (ImportError, OSError, RuntimeError) as error:
-        raise InputError(f"{LIBRARIES[library]} cannot be imported ({error}); {INSTALL[library]}") from error
+        raise InstallError(f"{LIBRARIES[library]} cannot be imported ({error}); {INSTALL[library]}") from error
 
 
 def quiet_logger(trt: ModuleType) -> Any:
@@ -143,7 +143,9 @@ def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Ra
     # The scores of a tile, and the keys of its blocks, are the largest tensors.
     most = MOST_ELEMENTS // (ENOUGH_ROWS * max(model.n_heads, model.d_model // BLOCK)) // BLOCK * BLOCK
     if not 1 <= max_spots <= most:
-        raise InputError(f"--max-spots {max_spots:,}: give 1 to {most:,}; larger slides run by kNN attention, in tiles")
+        raise OptionError(
+            f"--max-spots {max_spots:,}: give 1 to {most:,}; larger slides run by kNN attention, in tiles"
+        )
     spots = -(-max_spots // BLOCK) * BLOCK  # kNN keys come in eights, and rows in blocks
     head, knn = graph == "head", graph.startswith("knn_block")
     d, blocks = model.d_model, (1, ENOUGH_ROWS // BLOCK, ENOUGH_ROWS // BLOCK)
@@ -209,21 +211,21 @@ def check_plans(engine: Path, library: str, version: str, target: str, mend: str
     wanted = f"{LIBRARIES[library]} {version} on {target}"
     if not folder.is_dir():
         others = ", ".join(sorted(path.parent.name for path in (engine / FOLDER).glob(f"[!.]*/{SIDECAR}"))) or "none"
-        raise InputError(f"{engine}: no plans for {wanted}; it has {others}; {mend}")
+        raise PlanError(f"{engine}: no plans for {wanted}; it has {others}; {mend}")
     try:
         plans = Plans.read(folder)
     except ValueError as error:
-        raise InputError(f"{folder / SIDECAR}: damaged ({error}); {mend}") from error
+        raise PlanError(f"{folder / SIDECAR}: damaged ({error}); {mend}") from error
     if (plans.library, plans.version, plans.target) != (library, version, target):
         built = f"{LIBRARIES.get(plans.library, plans.library)} {plans.version} on {plans.target}"
-        raise InputError(f"{folder}: built for {built}, and this is {wanted}; {mend}")
+        raise PlanError(f"{folder}: built for {built}, and this is {wanted}; {mend}")
     _check_sources(engine, folder, plans, mend)
     for graph, facts in plans.plans.items():
         path = folder / f"{graph}.plan"
         if not path.is_file():
-            raise InputError(f"{path}: missing; {mend}")
+            raise PlanError(f"{path}: missing; {mend}")
         if sha256(path) != facts["sha256"]:
-            raise InputError(f"{path}: truncated or altered (its SHA-256 is not the one in {SIDECAR}); {mend}")
+            raise PlanError(f"{path}: truncated or altered (its SHA-256 is not the one in {SIDECAR}); {mend}")
     return plans
 
 
@@ -234,6 +236,6 @@ def _check_sources(engine: Path, folder: Path, plans: Plans, mend: str) -> None:
     for name in (WEIGHTS, *(f"{graph}.onnx" for graph in stage_graphs(manifest.model))):
         theirs, ours = str(built.get(name)), manifest.files[name]
         if theirs != ours:
-            raise InputError(
+            raise PlanError(
                 f"{folder}: built from another {name} (SHA-256 {theirs[:12]}…; the engine's is {ours[:12]}…); {mend}"
             )

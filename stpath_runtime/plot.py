@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import GeneError, InstallError, PredictionError
 from .neighbors import usual_distance
 from .output import written_whole
 from .vocabulary import nearest_names
@@ -29,7 +29,7 @@ UNITS = "log1p counts"
 def require_matplotlib() -> None:
     """Raise InputError, with what to install, where matplotlib is not."""
     if find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib; run: pip install 'stpath-engine[plot]'")
+        raise InstallError("plots need matplotlib; run: pip install 'stpath-engine[plot]'")
 
 
 def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = "", x: Any = None) -> None:
@@ -50,13 +50,13 @@ def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = ""
         If a gene is not in the prediction, its coordinates are not finite, or matplotlib is not installed.
     """
     if not np.isfinite(np.asarray(adata.obsm["spatial"], float)).all():
-        raise InputError("the prediction's coordinates in obsm['spatial'] hold NaN or infinity; predict it again")
+        raise PredictionError("the prediction's coordinates in obsm['spatial'] hold NaN or infinity; predict it again")
     columns = {name: i for i, name in enumerate(adata.var.get("gene_ids", adata.var_names))}
     columns |= {name: i for i, name in enumerate(adata.var_names)}
     missing = [gene for gene in genes if gene not in columns]
     if missing:
         shown = ", ".join(map(str, adata.var_names[:5]))
-        raise InputError(
+        raise GeneError(
             f"gene {missing[0]!r} is not in the prediction{nearest_names(missing[0], columns)}, which has "
             f"{adata.n_vars:,} genes ({shown}, ...); predict it first"
         )

@@ -70,7 +70,7 @@ class CohortProgress:
         said = {
             "done": f"{outcome.spots:,} spot{'' if outcome.spots == 1 else 's'}, {outcome.seconds:.1f} s",
             "skipped": "whole already",
-            "failed": f"failed: {outcome.reason}",
+            "failed": f"failed[{outcome.code}]: {outcome.reason}",
         }
         line = f"{self.ended}/{self.total} {outcome.slide}: {said[outcome.status]}"
         for told in (line, *(f"warning: {outcome.slide}: {warning}" for warning in outcome.warnings)):

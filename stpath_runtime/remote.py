@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import FileError, InstallError, RemoteError
 
 ROOTS = (".zgroup", ".zattrs", ".zmetadata", "zarr.json")  # without them a folder is no zarr store
 
@@ -101,7 +101,7 @@ def version(path: str) -> list[str]:
         return [f"{name} {[str(info[mark]) for mark in marks if mark in info]}" for name, info in sorted(found.items())]
     start = Path(path)
     if not start.exists():
-        raise InputError(f"{path}: no such file")
+        raise FileError(f"{path}: no such file")
     entries = sorted(start.rglob("*")) if start.is_dir() else [start]
     stats = [(entry, entry.stat()) for entry in entries if entry.is_file()]
     return [f"{entry.relative_to(start)} {found.st_size} {found.st_mtime_ns}" for entry, found in stats]
@@ -113,9 +113,9 @@ def _transfer(path: str, what: str) -> Iterator[tuple[Any, str]]:
     try:
         import fsspec
     except ImportError as error:
-        raise InputError(f"{path}: URLs need fsspec; run: pip install 'stpath-engine[remote]'") from error
+        raise InstallError(f"{path}: URLs need fsspec; run: pip install 'stpath-engine[remote]'") from error
     try:
         yield fsspec.core.url_to_fs(path)
     except Exception as error:  # file systems raise errors of their own libraries
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: cannot be {what} ({type(error).__name__}: {line})") from error
+        raise RemoteError(f"{path}: cannot be {what} ({type(error).__name__}: {line})") from error

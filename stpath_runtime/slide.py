@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, InputWarning
+from .errors import InputError, InputWarning, SlideError
 from .vocabulary import ORGANS, TECHNOLOGIES, organ_token, technology_token
 
 ROWS_AT_ONCE = 65_536  # checking for NaN makes a copy of this many rows at the most
@@ -71,14 +71,14 @@ class Slide:
         _check_numbers(self.name, "coordinates", coords, "[N, 2]")
         _check_numbers(self.name, "features", features, "[N, F]")
         if coords.shape[1] != 2:
-            raise InputError(f"{self.name}: coordinates have the shape {list(coords.shape)}; expected [N, 2], x and y")
+            raise SlideError(f"{self.name}: coordinates have the shape {list(coords.shape)}; expected [N, 2], x and y")
         if len(coords) != len(features):
-            raise InputError(
+            raise SlideError(
                 f"{self.name}: {len(features):,} rows of features but {len(coords):,} of coordinates; "
                 "each spot needs one of both"
             )
         if len(coords) == 0:
-            raise InputError(f"{self.name}: the slide has no spots")
+            raise SlideError(f"{self.name}: the slide has no spots")
         if features.dtype.kind != "f":
             features = features.astype(np.float32)
         _check_finite(self.name, "coordinates", coords)
@@ -87,14 +87,14 @@ class Slide:
         if self.barcodes is not None:
             barcodes = [text(barcode, self.name) for barcode in np.asarray(self.barcodes, object).ravel()]
         if len(barcodes) != len(coords):
-            raise InputError(f"{self.name}: {len(barcodes):,} barcodes for {len(coords):,} spots; give one a spot")
+            raise SlideError(f"{self.name}: {len(barcodes):,} barcodes for {len(coords):,} spots; give one a spot")
         if len(set(barcodes)) != len(barcodes):
-            raise InputError(f"{self.name}: barcode {_first_repeated(barcodes)!r} stands twice; make them distinct")
+            raise SlideError(f"{self.name}: barcode {_first_repeated(barcodes)!r} stands twice; make them distinct")
         try:
             organ = ORGANS[organ_token(self.organ)]
             technology = None if self.technology is None else TECHNOLOGIES[technology_token(self.technology)]
         except InputError as error:
-            raise InputError(f"{self.name}: {error}") from None
+            raise SlideError(f"{self.name}: {error}") from None
         # The dataclass is frozen to its users; here it takes its checked form.
         checked = {"coords": coords, "features": features, "barcodes": barcodes}
         for field, value in {**checked, "organ": organ, "technology": technology}.items():
@@ -153,17 +153,17 @@ def text(name: object, of: str) -> str:
         try:
             name = name.decode()
         except UnicodeDecodeError:
-            raise InputError(f"{of}: the name {name!r} is not text in UTF-8") from None
+            raise SlideError(f"{of}: the name {name!r} is not text in UTF-8") from None
     if not isinstance(name, str | int | np.integer) or "\0" in str(name):
-        raise InputError(f"{of}: {name!r} is not a name; give text")
+        raise SlideError(f"{of}: {name!r} is not a name; give text")
     return str(name)
 
 
 def _check_numbers(name: str, what: str, array: npt.NDArray[np.generic], shape: str) -> None:
     if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
-        raise InputError(f"{name}: {what} are of type {array.dtype}; expected numbers")
+        raise SlideError(f"{name}: {what} are of type {array.dtype}; expected numbers")
     if array.ndim != 2:
-        raise InputError(f"{name}: {what} have the shape {list(array.shape)}; expected {shape}")
+        raise SlideError(f"{name}: {what} have the shape {list(array.shape)}; expected {shape}")
 
 
 def _check_finite(name: str, what: str, array: npt.NDArray[np.generic]) -> None:
@@ -180,7 +180,7 @@ def _check_finite(name: str, what: str, array: npt.NDArray[np.generic]) -> None:
             first = start + int(rows[0])
     if count:
         verb = "value of the {} is" if count == 1 else "values of the {} are"
-        raise InputError(
+        raise SlideError(
             f"{name}: {count:,} {verb.format(what)} NaN or infinite (in float32), the first at spot {first}; "
             "drop those spots or compute them again"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import OutputError
 from .output import LARGE, Format, is_prediction, require_spatialdata, require_writable
 
 
@@ -24,24 +24,24 @@ def choose_targets(slides: Sequence[Path], out: Path, form: Format | None) -> li
     if form is Format.SPATIALDATA:
         require_spatialdata()
     if re.match(r"\w+:/", str(out)):  # Path has made one slash of two
-        raise InputError(f"--out {out}: a URL; give a path, or run the slides with stpath run, which writes to URLs")
+        raise OutputError(f"--out {out}: a URL; give a path, or run the slides with stpath run, which writes to URLs")
     if out.name in ("", ".h5ad", ".zarr"):
-        raise InputError(f"--out {str(out)!r}: no name; give a .h5ad or .zarr, or a folder")
+        raise OutputError(f"--out {str(out)!r}: no name; give a .h5ad or .zarr, or a folder")
     if out.suffix == ".zarr" or (out.suffix == ".h5ad" and not out.is_dir()):
         if len(slides) > 1:
-            raise InputError(f"--out {out}: one file for {len(slides)} slides; give a folder")
+            raise OutputError(f"--out {out}: one file for {len(slides)} slides; give a folder")
         if form is not None and form.suffix != out.suffix:
-            raise InputError(f"--out {out}: --format {form} is written to a name that ends in {form.suffix}")
+            raise OutputError(f"--out {out}: --format {form} is written to a name that ends in {form.suffix}")
         return [(out, form or Format(out.suffix[1:]))]
     if out.suffix and not out.is_dir():
-        raise InputError(f"--out {out}: give a name that ends in .h5ad or .zarr, or a folder")
+        raise OutputError(f"--out {out}: give a name that ends in .h5ad or .zarr, or a folder")
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: a file stands there; give a folder")
+        raise OutputError(f"--out {out}: a file stands there; give a folder")
     targets = [out / f"{slide_name(slide)}{(form or Format.H5AD).suffix}" for slide in slides]
     for i, target in enumerate(targets):
         if target in targets[:i]:
             first = slides[targets.index(target)]
-            raise InputError(f"{first} and {slides[i]} would both be written to {target}; run them into two folders")
+            raise OutputError(f"{first} and {slides[i]} would both be written to {target}; run them into two folders")
     return [(target, form) for target in targets]
 
 
@@ -67,7 +67,7 @@ def require_target(target: Path, inputs: Sequence[Path]) -> None:
         If it is an input, something that stpath did not write, or cannot be written.
     """
     if any(target.resolve() == path.resolve() for path in inputs):
-        raise InputError(f"--out: {target} would overwrite an input; choose another name or folder")
+        raise OutputError(f"--out: {target} would overwrite an input; choose another name or folder")
     if target.exists() and not is_prediction(target):
-        raise InputError(f"--out: {target} exists and is no prediction of stpath; choose another name or folder")
+        raise OutputError(f"--out: {target} exists and is no prediction of stpath; choose another name or folder")
     require_writable(target)

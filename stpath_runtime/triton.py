@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import Engine
-from .errors import InputError
+from .errors import DeviceError, OutputError
 from .manifest import MANIFEST, WEIGHTS
 from .neighbors import BLOCK
 from .output import require_writable
@@ -66,7 +66,7 @@ def write_model_repository(engine: str | Path, out: str | Path, device: str = "c
     out = Path(out)
     instances = _instance_group(device)
     if out.exists():
-        raise InputError(f"{out}: exists already; remove it or choose another folder")
+        raise OutputError(f"{out}: exists already; remove it or choose another folder")
     require_writable(out)
     loaded = Engine.load(engine)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def _instance_group(device: str) -> str:
         return "instance_group { count: 1 kind: KIND_CPU }"
     match = re.fullmatch(r"cuda(?::(\d+))?", device)
     if match is None:
-        raise InputError(f"unknown device {device!r} for Triton; give cpu or cuda:N")
+        raise DeviceError(f"unknown device {device!r} for Triton; give cpu or cuda:N")
     return f"instance_group {{ count: 1 kind: KIND_GPU gpus: [ {int(match[1] or 0)} ] }}"
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from stpath_runtime import Engine, InputError, Slide
+from stpath_runtime import Engine, Slide
+from stpath_runtime.errors import GeneError, InputError, MemoryLimitError, SlideError
 from stpath_runtime.slide import text
 
 ALL_GENES = "all"
@@ -62,7 +63,7 @@ class TritonPythonModel:
         """Expression [N, G] of a request: a column a name, in their order, also where one stands twice."""
         names = _texts(request, "genes")
         if not names:
-            raise InputError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
+            raise GeneError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
         genes = None if names == [ALL_GENES] else names
         vocabulary, features = self.engine.vocabulary, _array(request, "features")
         columns = len(vocabulary.tokens(genes)) if genes is not None else len(vocabulary)  # faults come before the work
@@ -79,7 +80,7 @@ class TritonPythonModel:
 
 def _check_size(spots: int, genes: int) -> None:
     if spots * genes * 4 > LARGEST:
-        raise InputError(
+        raise MemoryLimitError(
             f"{spots:,} spots of {genes:,} genes are {spots * genes * 4:,} bytes of expression, more than a response "
             f"holds; ask for at most {LARGEST // (4 * spots):,} genes at a time"
         )
@@ -89,7 +90,7 @@ def _array(request: Any, name: str) -> npt.NDArray[Any]:
     """An input of numbers; Triton lets a request pass that lacks one, where others are optional."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
-        raise InputError(f"the input {name!r} is missing; give features, coords and genes")
+        raise SlideError(f"the input {name!r} is missing; give features, coords and genes")
     array: npt.NDArray[Any] = tensor.as_numpy()
     return array
 

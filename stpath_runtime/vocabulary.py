@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError
+from .errors import GeneError, InputError, SlideError, VocabularyError
 
 PAD_TOKEN, MASK_TOKEN, FIRST_GENE_TOKEN = 0, 1, 2
 PUBLISHED_GENES = "stpath_genes.tsv.gz"
@@ -78,7 +78,7 @@ class GeneVocabulary:
         for names in (self.aliases, [(symbol,) for symbol in self.symbols], [(gene,) for gene in self.ensembl_ids]):
             self._token.update({n: token for token, some in enumerate(names, FIRST_GENE_TOKEN) for n in some if n})
         if len(set(self.ensembl_ids)) != len(self.ensembl_ids):
-            raise InputError("gene vocabulary: an Ensembl id stands twice; each gene needs one line")
+            raise VocabularyError("gene vocabulary: an Ensembl id stands twice; each gene needs one line")
 
     def __len__(self) -> int:
         return len(self.ensembl_ids)
@@ -109,7 +109,7 @@ class GeneVocabulary:
         """
         path = Path(path)
         if not path.is_file():
-            raise InputError(f"{path}: no such gene vocabulary file")
+            raise VocabularyError(f"{path}: no such gene vocabulary file")
         try:
             if path.suffix.lower() == ".json":
                 return cls._from_symbol_table(_read_json_object(path), path)
@@ -118,19 +118,21 @@ class GeneVocabulary:
         except (ValueError, KeyError, OSError, EOFError, RecursionError, csv.Error, zlib.error) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(
+            raise VocabularyError(
                 f"{path}: not a gene vocabulary ({error}); give STPath's symbol2ensembl.json (symbol -> Ensembl id)"
             ) from error
 
     @classmethod
     def _from_symbol_table(cls, table: object, path: Path) -> GeneVocabulary:
         if not isinstance(table, dict) or not table:
-            raise InputError(f"{path}: not a gene vocabulary; expected a JSON object of symbol -> Ensembl id")
+            raise VocabularyError(f"{path}: not a gene vocabulary; expected a JSON object of symbol -> Ensembl id")
         for symbol, gene in table.items():
             if not isinstance(gene, str) or not ENSEMBL_ID.match(gene):
-                raise InputError(f"{path}: symbol {symbol!r} has the id {gene!r}; every value must be an Ensembl id")
+                raise VocabularyError(
+                    f"{path}: symbol {symbol!r} has the id {gene!r}; every value must be an Ensembl id"
+                )
             if not symbol.strip() or not symbol.isprintable():
-                raise InputError(f"{path}: the symbol {symbol!r} of {gene} is no name; rename it")
+                raise VocabularyError(f"{path}: the symbol {symbol!r} of {gene} is no name; rename it")
         names: dict[str, list[str]] = {gene: [] for gene in sorted(set(table.values()))}
         for symbol, gene in table.items():
             names[gene].append(symbol)
@@ -162,7 +164,9 @@ class GeneVocabulary:
         ):
             ensembl_id, species, symbol, aliases = row
             if any(c in name for name in (ensembl_id, symbol, *aliases) for c in "\t\n\r|"):
-                raise InputError(f"gene vocabulary: a name of {ensembl_id} holds a tab, a line break or '|'; rename it")
+                raise VocabularyError(
+                    f"gene vocabulary: a name of {ensembl_id} holds a tab, a line break or '|'; rename it"
+                )
             text.write(f"{token}\t{ensembl_id}\t{species}\t{symbol}\t{'|'.join(aliases)}\n")
         Path(path).write_bytes(gzip.compress(text.getvalue().encode(), mtime=0))
 
@@ -186,7 +190,7 @@ class GeneVocabulary:
             If a name is unknown; the message gives the nearest ones.
         """
         if isinstance(names, str):
-            raise InputError(f"genes must be a list of names, not the text {names!r}; give [{names!r}]")
+            raise GeneError(f"genes must be a list of names, not the text {names!r}; give [{names!r}]")
         names = [str(name) for name in names]
         found = [self.find(name) for name in names]
         unknown = [name for name, token in zip(names, found, strict=True) if token is None]
@@ -194,7 +198,7 @@ class GeneVocabulary:
             shown = "; ".join(f"{name!r}{nearest_names(name, self._candidates(name))}" for name in unknown[:5])
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             noun = "gene" if len(unknown) == 1 else f"{len(unknown)} of {len(names)} genes"
-            raise InputError(
+            raise GeneError(
                 f"unknown {noun}: {shown}{more}; give symbols, aliases or Ensembl ids of the engine's genes"
             )
         return np.array(found, dtype=np.int64)
@@ -225,7 +229,7 @@ def _read_json_object(path: Path) -> object:
         table: dict[str, object] = {}
         for key, value in pairs:
             if table.setdefault(key, value) != value:
-                raise InputError(f"{path}: {key!r} stands twice, with {table[key]!r} and {value!r}; keep one")
+                raise VocabularyError(f"{path}: {key!r} stands twice, with {table[key]!r} and {value!r}; keep one")
         return table
 
     return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)
@@ -266,12 +270,12 @@ def technology_token(name: str | None) -> int:
 
 def _lookup(kind: str, name: str, tokens: Sequence[str], table: Mapping[str, int]) -> int:
     if not isinstance(name, str):
-        raise InputError(f"{kind} must be a name or None, not {name!r}")
+        raise SlideError(f"{kind} must be a name or None, not {name!r}")
     token = table.get(_plain(name))
     if token is None:
         known = [t for t in tokens if not t.startswith("<")]
         near = nearest_names(_plain(name), [_plain(t) for t in known], {_plain(t): t for t in known})
-        raise InputError(f"unknown {kind} {name!r}{near}; known: {', '.join(known)}")
+        raise SlideError(f"unknown {kind} {name!r}{near}; known: {', '.join(known)}")
     return token
 
 

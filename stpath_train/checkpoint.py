@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import CheckpointError, VocabularyError
 from stpath_runtime.manifest import ATTENTIONS, ModelConfig
 from stpath_runtime.output import written_whole
 from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
@@ -41,7 +41,7 @@ def load_checkpoint(path: str | Path) -> STPath:
     try:
         model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
     except RuntimeError as error:
-        raise InputError(f"{path}: not a checkpoint of STPath ({_brief(error)})") from error
+        raise CheckpointError(f"{path}: not a checkpoint of STPath ({_brief(error)})") from error
     return model.requires_grad_(False).eval()
 
 
@@ -72,7 +72,9 @@ def require_genes(path: str | Path, vocabulary: GeneVocabulary, whose: str) -> N
     with safe_open(path, framework="pt") as file:
         said = (file.metadata() or {}).get("genes")
     if said is not None and said != genes_hash(vocabulary):
-        raise InputError(f"{path}: trained on other genes than those of {whose}; give those that it was trained on")
+        raise VocabularyError(
+            f"{path}: trained on other genes than those of {whose}; give those that it was trained on"
+        )
 
 
 def genes_hash(vocabulary: GeneVocabulary) -> str:
@@ -90,7 +92,7 @@ def config_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], name: 
     """
     attention, neighbors = metadata.get("attention", "global"), metadata.get("neighbors", "0")
     if attention not in ATTENTIONS or not neighbors.isdigit() or (attention == "knn") != (int(neighbors) > 0):
-        raise InputError(f"{name}: unknown attention {attention!r} to {neighbors!r} spots; upgrade stpath-engine")
+        raise CheckpointError(f"{name}: unknown attention {attention!r} to {neighbors!r} spots; upgrade stpath-engine")
     layers = [int(m[1]) for key in weights if (m := re.match(r"model\.blks\.(\d+)\.", key))]
     try:
         d_model, n_features = weights["input_encoder.image_embed.weight"].shape
@@ -107,15 +109,15 @@ def config_of(weights: Mapping[str, Tensor], metadata: Mapping[str, str], name: 
             neighbors=int(neighbors),
         )
     except (KeyError, ValueError, IndexError) as error:
-        raise InputError(f"{name}: not a checkpoint of STPath (missing or misshapen: {error})") from error
+        raise CheckpointError(f"{name}: not a checkpoint of STPath (missing or misshapen: {error})") from error
     if config.n_heads == 0 or config.d_model % config.n_heads:
-        raise InputError(
+        raise CheckpointError(
             f"{name}: not a checkpoint of STPath (width {d_model} does not divide by {config.n_heads} heads)"
         )
     known = {"organs": (config.n_organs, len(ORGANS)), "technologies": (config.n_technologies, len(TECHNOLOGIES))}
     for what, (found, expected) in known.items():
         if found != expected:
-            raise InputError(f"{name}: the checkpoint has {found} {what}; STPath has {expected}")
+            raise CheckpointError(f"{name}: the checkpoint has {found} {what}; STPath has {expected}")
     return config
 
 
@@ -146,7 +148,7 @@ def seeded_checkpoint(config: ModelConfig, seed: int) -> STPath:
 def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata of a checkpoint file."""
     if not path.is_file():
-        raise InputError(f"{path}: no such checkpoint file")
+        raise CheckpointError(f"{path}: no such checkpoint file")
     metadata: dict[str, str] = {}
     try:
         if path.suffix == ".safetensors":
@@ -161,15 +163,21 @@ def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         # torch's own words advise to unpickle freely: they are left out, and shown by --debug.
         refused = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
         why = "it holds more than tensors, and nothing else is unpickled" if refused else "damaged, or another format"
-        raise InputError(f"{path}: no state_dict of tensors ({why}); give stfm.pth or a .safetensors file") from error
+        raise CheckpointError(
+            f"{path}: no state_dict of tensors ({why}); give stfm.pth or a .safetensors file"
+        ) from error
     tensors = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
     if not tensors or not all(isinstance(key, str) for key in weights):
-        raise InputError(f"{path}: not a plain state_dict; expected keys such as 'model.blks.0.attn.W_output.0.weight'")
+        raise CheckpointError(
+            f"{path}: not a plain state_dict; expected keys such as 'model.blks.0.attn.W_output.0.weight'"
+        )
     for key, value in weights.items():
         if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
-            raise InputError(f"{path}: {key} is of type {value.dtype}, {value.layout}; expected dense floats")
+            raise CheckpointError(f"{path}: {key} is of type {value.dtype}, {value.layout}; expected dense floats")
         if not torch.isfinite(value).all():
-            raise InputError(f"{path}: {key} holds NaN or infinity; the checkpoint is of a training run that failed")
+            raise CheckpointError(
+                f"{path}: {key} holds NaN or infinity; the checkpoint is of a training run that failed"
+            )
     return weights, metadata
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import ConfigError, InstallError
 from stpath_runtime.progress import progress_bar
 
 from .evaluation.run import TaskName
@@ -56,8 +56,8 @@ def prepare(
         found = run(source, layout, out, **files, **how, on_slide=on_slide)  # type: ignore[arg-type]
     for rule, slides in found.excluded.items():
         typer.echo(f"excluded by {rule}: {slides:,}")
-    for name, reason in found.failed.items():
-        typer.echo(f"failed: {name}: {reason}", err=True)
+    for name, failure in found.failed.items():
+        typer.echo(f"failed[{failure.code}]: {name}: {failure.reason}", err=True)
     typer.echo(f"{out}: {found}")
     if found.failed:
         typer.echo(f"{len(found.failed):,} failed, see {out / FAILURES}", err=True)
@@ -119,12 +119,12 @@ def train(
         typer.echo(example_config(), nl=False)
         return
     if config is None:
-        raise InputError("stpath train: give a config file; stpath train --example > config.yaml writes one")
+        raise ConfigError("stpath train: give a config file; stpath train --example > config.yaml writes one")
     found = read_config(config)
     try:
         from .training import train as run
     except RuntimeError as error:  # torchmetrics, which Lightning loads, loads torchvision where it is there
-        raise InputError(
+        raise InstallError(
             f"Lightning cannot be loaded ({error}); install torch and torchvision of one build, or no torchvision"
         ) from error
     run(found)
@@ -173,4 +173,4 @@ def evaluate(
 def require(libraries: tuple[str, ...], extra: str) -> None:
     """Raise InputError, with what to install, where a library is not."""
     if missing := [name for name in libraries if find_spec(name) is None]:
-        raise InputError(f"this command needs {', '.join(missing)}; run: pip install 'stpath-engine[{extra}]'")
+        raise InstallError(f"this command needs {', '.join(missing)}; run: pip install 'stpath-engine[{extra}]'")

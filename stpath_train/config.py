@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import ConfigError
 from stpath_runtime.vocabulary import nearest_names
 
 CHANGEABLE = ("run.epochs", "run.early_stopping", "run.logger", "data.workers")  # when a run goes on
@@ -122,15 +122,15 @@ def read_config(path: str | Path) -> TrainConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such config file; stpath train --example prints one")
+        raise ConfigError(f"{path}: no such config file; stpath train --example prints one")
     try:
         raw = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: no YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path}: no YAML ({' '.join(str(error).split())})") from error
     try:
         config = TrainConfig.model_validate(raw)
     except ValidationError as error:
-        raise InputError(f"{path}: {'; '.join(_tell(fault) for fault in error.errors())}") from None
+        raise ConfigError(f"{path}: {'; '.join(_tell(fault) for fault in error.errors())}") from None
     return _anchored(config, path.absolute().parent)
 
 

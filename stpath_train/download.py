@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import DownloadError, OptionError
 from stpath_runtime.output import require_writable
 from stpath_runtime.vocabulary import nearest_names
 
@@ -70,12 +70,12 @@ def download(name: str, out: str | Path, *, slides: Sequence[str] = (), patterns
 
     out = Path(out)
     if name not in DATA_SETS:
-        raise InputError(f"unknown data set {name!r}{nearest_names(name, DATA_SETS)}; known: {', '.join(DATA_SETS)}")
+        raise DownloadError(f"unknown data set {name!r}{nearest_names(name, DATA_SETS)}; known: {', '.join(DATA_SETS)}")
     if slides and patterns:
-        raise InputError("--slides and --pattern both say which files to fetch; give one of them")
+        raise OptionError("--slides and --pattern both say which files to fetch; give one of them")
     asked = [slide for slide in slides if any(sign in slide for sign in "*?[/")]
     if asked:
-        raise InputError(f"--slides: {asked[0]!r} is no slide's id; give patterns of files with --pattern")
+        raise OptionError(f"--slides: {asked[0]!r} is no slide's id; give patterns of files with --pattern")
     data_set = DATA_SETS[name]
     require_writable(out)
     of_slides = {slide: [pattern.format(slide) for pattern in data_set.slides] for slide in slides or ["*"]}
@@ -85,7 +85,7 @@ def download(name: str, out: str | Path, *, slides: Sequence[str] = (), patterns
     found = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
     for what, files in ({"--pattern": list(patterns)} if patterns else of_slides).items():
         if not any(fnmatch(path, file) for path in found for file in files):
-            raise InputError(
+            raise DownloadError(
                 f"{data_set.repo} has no file {' or '.join(files)} ({what}); see {HUB}/datasets/{data_set.repo}"
             )
     return out
@@ -105,24 +105,24 @@ def hub_errors(repo: str, page: str) -> Iterator[None]:
     try:
         yield
     except errors.GatedRepoError as error:
-        raise InputError(
+        raise DownloadError(
             f"{repo}: access is not granted; accept its terms on {page}, then run: hf auth login"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise InputError(
+        raise DownloadError(
             f"{repo}: not found, or not to be seen without a login; see {page}, then run: hf auth login"
         ) from error
     except errors.LocalTokenNotFoundError as error:
-        raise InputError(f"{repo}: no login; accept the terms on {page}, then run: hf auth login") from error
+        raise DownloadError(f"{repo}: no login; accept the terms on {page}, then run: hf auth login") from error
     except errors.HfHubHTTPError as error:
-        raise InputError(f"{repo}: the Hub refused ({str(error).splitlines()[0]}); see {page}") from error
+        raise DownloadError(f"{repo}: the Hub refused ({str(error).splitlines()[0]}); see {page}") from error
     except (
         errors.LocalEntryNotFoundError,
         errors.HTTPError,  # type: ignore[attr-defined]
         ConnectionError,
         TimeoutError,
     ) as error:
-        raise InputError(
+        raise DownloadError(
             f"{repo}: the Hub cannot be reached and the files are not in the cache; check the connection, HF_ENDPOINT "
             "and HF_HUB_OFFLINE, and run again: it goes on"
         ) from error

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.errors import InputError, InputWarning
+from stpath_runtime.errors import (
+    DeviceError,
+    EncoderError,
+    FileError,
+    InputWarning,
+    InstallError,
+    MemoryLimitError,
+    OutputError,
+)
 from stpath_runtime.manifest import sha256
 from stpath_runtime.output import require_writable
 from stpath_runtime.progress import OnTile
@@ -123,7 +131,7 @@ def load_encoder(name: str, weights: str | Path | None = None, device: str = "cp
     published = ENCODERS.get(name)
     if published is None and not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:")):
         near = nearest_names(name, [*ENCODERS, *timm.list_models()])
-        raise InputError(f"unknown encoder {name!r}{near}; give {', '.join(ENCODERS)} or a model of timm")
+        raise EncoderError(f"unknown encoder {name!r}{near}; give {', '.join(ENCODERS)} or a model of timm")
     model = (_from_file(name, Path(weights)) if weights is not None else _from_hub(name)).eval().to(where)
     config = timm.data.resolve_model_data_config(model)
     mean, std = IMAGENET if published is not None else (config["mean"], config["std"])
@@ -131,9 +139,9 @@ def load_encoder(name: str, weights: str | Path | None = None, device: str = "cp
         with torch.inference_mode():
             shape = model(torch.zeros(1, 3, SIZE, SIZE, device=where)).shape
     except (AssertionError, RuntimeError) as error:
-        raise InputError(f"encoder {name}: does not run on patches of {SIZE} x {SIZE} pixels ({error})") from error
+        raise EncoderError(f"encoder {name}: does not run on patches of {SIZE} x {SIZE} pixels ({error})") from error
     if len(shape) != 2:
-        raise InputError(f"encoder {name}: gives the shape {list(shape)} for a patch; expected [1, features]")
+        raise EncoderError(f"encoder {name}: gives the shape {list(shape)} for a patch; expected [1, features]")
     about = {
         "encoder": name,
         "weights": f"sha256 {sha256(Path(weights))}" if weights is not None else _hub_name(name),
@@ -195,9 +203,11 @@ def extract(
                 del file[DONE]
             half.replace(out)
         except torch.OutOfMemoryError as error:
-            raise InputError(f"{encoder.device}: not enough memory; run again with a smaller --batch-size") from error
+            raise MemoryLimitError(
+                f"{encoder.device}: not enough memory; run again with a smaller --batch-size"
+            ) from error
         except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error}); free some space, and run again") from error
+            raise OutputError(f"{out}: cannot be written ({error}); free some space, and run again") from error
     return total
 
 
@@ -211,17 +221,17 @@ def find_targets(patches: Sequence[Path], out: Path) -> list[Path]:
     """
     is_file = out.suffix == ".h5" and not out.is_dir()
     if is_file and len(patches) > 1:
-        raise InputError(f"--out {out}: one file for {len(patches)} patches files; give a folder")
+        raise OutputError(f"--out {out}: one file for {len(patches)} patches files; give a folder")
     if not is_file and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: a file stands there; give a folder, or a name that ends in .h5")
+        raise OutputError(f"--out {out}: a file stands there; give a folder, or a name that ends in .h5")
     targets = [out] if is_file else [out / f"{path.stem}.h5" for path in patches]
     inputs = {path.resolve() for path in patches}
     for i, (path, target) in enumerate(zip(patches, targets, strict=True)):
         if target.resolve() in inputs:
-            raise InputError(f"--out {out}: {target} would overwrite the patches; choose another folder")
+            raise OutputError(f"--out {out}: {target} would overwrite the patches; choose another folder")
         if target in targets[:i]:
             first = patches[targets.index(target)]
-            raise InputError(f"{first} and {path} would both be written to {target}; run them into two folders")
+            raise OutputError(f"{first} and {path} would both be written to {target}; run them into two folders")
         check_patches(path)
         require_writable(target)
     return targets
@@ -238,23 +248,23 @@ def check_patches(path: Path) -> int:
     import h5py
 
     if not path.is_file():
-        raise InputError(f"{path}: no such patches file")
+        raise FileError(f"{path}: no such patches file")
     try:
         with h5py.File(path, "r") as file:
             if "img" not in file or "coords" not in file:
                 held = ", ".join(sorted(file)) or "nothing"
-                raise InputError(f"{path}: no patches file; expected datasets 'img' and 'coords', found: {held}")
+                raise FileError(f"{path}: no patches file; expected datasets 'img' and 'coords', found: {held}")
             images, rows = file["img"], {name: len(file[name]) for name in ("coords", *BARCODES) if name in file}
             shape, dtype = images.shape, images.dtype
     except (OSError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: cannot be read as HDF5 ({error}); download it again") from error
+        raise FileError(f"{path}: cannot be read as HDF5 ({error}); download it again") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape[1:3]) < SIZE or shape[0] == 0:
-        raise InputError(
+        raise FileError(
             f"{path}: img is {dtype} {list(shape)}; expected uint8 [N, H, W, 3], H and W of {SIZE} pixels or more"
         )
     for name, count in rows.items():
         if count != shape[0]:
-            raise InputError(f"{path}: {shape[0]:,} images but {count:,} rows of {name!r}; download it again")
+            raise FileError(f"{path}: {shape[0]:,} images but {count:,} rows of {name!r}; download it again")
     return int(shape[0])
 
 
@@ -293,7 +303,7 @@ def _require_same(out: Path, about: dict[str, str]) -> None:
     with suppress(OSError), h5py.File(out, "r") as file:
         found = dict(file.attrs)
     if different := _differences(found, about):
-        raise InputError(f"{out}: exists, and is of other {different}; choose another name, or delete it")
+        raise OutputError(f"{out}: exists, and is of other {different}; choose another name, or delete it")
 
 
 def _differences(found: dict[str, str], about: dict[str, str]) -> str:
@@ -309,7 +319,7 @@ def _images(source: h5py.File, start: int, stop: int, path: Path) -> npt.NDArray
     try:
         images: npt.NDArray[np.uint8] = source["img"][start:stop]
     except OSError as error:
-        raise InputError(f"{path}: patches {start} to {stop} cannot be read ({error}); download it again") from error
+        raise FileError(f"{path}: patches {start} to {stop} cannot be read ({error}); download it again") from error
     return images
 
 
@@ -318,7 +328,7 @@ def _timm() -> Any:
         import timm
         import timm.data
     except (ImportError, RuntimeError) as error:
-        raise InputError(
+        raise InstallError(
             f"timm cannot be loaded ({error}); install torch and torchvision of one build, both for CUDA or for CPU"
         ) from error
     return timm
@@ -331,11 +341,11 @@ def _device(name: str) -> torch.device:
         return torch.device(name)
     match = re.fullmatch(r"cuda:(\d+)", name)
     if match is None:
-        raise InputError(f"unknown device {name!r}; give cpu or cuda:N")
+        raise DeviceError(f"unknown device {name!r}; give cpu or cuda:N")
     if not torch.cuda.is_available():
-        raise InputError(f"{name}: PyTorch {torch.__version__} finds no GPU here; give cpu")
+        raise DeviceError(f"{name}: PyTorch {torch.__version__} finds no GPU here; give cpu")
     if int(match[1]) >= torch.cuda.device_count():
-        raise InputError(f"{name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
+        raise DeviceError(f"{name}: there are {torch.cuda.device_count()} GPUs, counted from cuda:0")
     return torch.device(name)
 
 
@@ -353,7 +363,7 @@ def _from_hub(name: str) -> nn.Module:
         try:
             return timm.create_model(_hub_name(name), pretrained=True, num_classes=0, **arguments)
         except RuntimeError as error:
-            raise InputError(f"encoder {name}: cannot be loaded from the Hub ({error}); see {page}") from error
+            raise EncoderError(f"encoder {name}: cannot be loaded from the Hub ({error}); see {page}") from error
 
 
 def _from_file(name: str, weights: Path) -> nn.Module:
@@ -361,7 +371,7 @@ def _from_file(name: str, weights: Path) -> nn.Module:
     from timm.models import load_state_dict
 
     if not weights.is_file():
-        raise InputError(f"--weights {weights}: no such file")
+        raise EncoderError(f"--weights {weights}: no such file")
     published = ENCODERS.get(name)
     architecture, arguments = (published.architecture, published.arguments) if published is not None else (name, {})
     model: Any = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
@@ -370,13 +380,13 @@ def _from_file(name: str, weights: Path) -> nn.Module:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # PyTorch and safetensors raise errors of their own on a file that is no weights
         why = str(error).strip().splitlines()[0]
-        raise InputError(f"--weights {weights}: no weights of {architecture} ({why})") from error
+        raise EncoderError(f"--weights {weights}: no weights of {architecture} ({why})") from error
     classifiers = model.pretrained_cfg.get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     unexpected = [key for key in unexpected if not key.startswith(tuple(f"{head}." for head in heads))]
     if missing or unexpected:
         key = f"lacks {missing[0]!r}" if missing else f"holds {unexpected[0]!r}"
-        raise InputError(
+        raise EncoderError(
             f"--weights {weights}: no weights of {architecture} ({key}; {len(missing) + len(unexpected):,} in all)"
         )
     return model

@@ -24,7 +24,15 @@ import numpy as np
 import numpy.typing as npt
 
 from stpath_runtime.context import is_whole
-from stpath_runtime.errors import InputError, InputWarning
+from stpath_runtime.errors import (
+    DataError,
+    InputError,
+    InputWarning,
+    MemoryLimitError,
+    OptionError,
+    OutputError,
+    code_of,
+)
 from stpath_runtime.output import require_writable
 from stpath_runtime.progress import OnTile
 from stpath_runtime.readers import read_slide
@@ -43,7 +51,7 @@ from .sources import (
     record_fields,
     require_column,
 )
-from .store import FAILURES, GENES, UNITS, Record, Store, highly_variable, measured
+from .store import FAILURES, GENES, UNITS, Failure, Record, Store, highly_variable, measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,9 +72,9 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.counts not in UNITS:
-            raise InputError(f"counts are {' or '.join(UNITS)}, not {self.counts!r}")
+            raise OptionError(f"counts are {' or '.join(UNITS)}, not {self.counts!r}")
         if self.hvg < 1:
-            raise InputError(f"{self.hvg} highly variable genes; give 1 or more")
+            raise OptionError(f"{self.hvg} highly variable genes; give 1 or more")
 
 
 @dataclass
@@ -76,7 +84,7 @@ class Summary:
     records: list[Record] = field(default_factory=list)  # of the slides that are in the store now
     skipped: int = 0  # of them, those that were there already, unchanged
     excluded: Counter[str] = field(default_factory=Counter)  # slides that each rule took away
-    failed: dict[str, str] = field(default_factory=dict)  # slide or task, and why
+    failed: dict[str, Failure] = field(default_factory=dict)  # slide or task, and why
 
     def __str__(self) -> str:
         spots, genes = sum(record.spots for record in self.records), [record.genes for record in self.records]
@@ -141,7 +149,7 @@ def prepare(
     source, out = Path(source), Path(out)
     options = Options(_layout(layout), hvg, counts, label)
     if features is None and options.layout is not Layout.STPATH:
-        raise InputError(f"{source}: the layout {layout} has no features; name a folder of ID.h5 with --features")
+        raise OptionError(f"{source}: the layout {layout} has no features; name a folder of ID.h5 with --features")
     table = read_metadata(source, options.layout, Path(metadata) if metadata is not None else None)
     if label is not None:
         require_column(label, table, "--label")
@@ -149,7 +157,7 @@ def prepare(
     found = find_sources(source, options.layout, Path(features) if features is not None else source, table)
     kept, excluded = exclude(found, rules)
     if not kept:
-        raise InputError(f"{source}: the rules exclude all of its {len(found):,} slides")
+        raise DataError(f"{source}: the rules exclude all of its {len(found):,} slides")
     _warn_of_others(kept, options)
     tasks = bench_tasks(source) if options.layout is Layout.HEST_BENCH else {}
     require_writable(out)
@@ -157,21 +165,22 @@ def prepare(
     with _alone(store.path):
         store = Store.open(out)  # as an earlier run left it
         if there := sorted({slide.slide for slide in found} - {slide.slide for slide in kept} & {*store.records}):
-            raise InputError(
+            raise OutputError(
                 f"{out}: holds {', '.join(there)} of an earlier run, which the rules exclude; choose a new store"
             )
         summary = _take_all(kept, store, options, workers, on_slide)
         for name, task in tasks.items():
             missing = {slide for fold in task.folds for slides in fold.values() for slide in slides} - {*store.records}
             if missing:
-                summary.failed[name] = f"the task is left out: it needs {', '.join(sorted(missing))}, not in the store"
+                why = f"the task is left out: it needs {', '.join(sorted(missing))}, not in the store"
+                summary.failed[name] = Failure(DataError.code, why)
             else:
                 store.add_task(name, task)
         _write_failures(store, summary.failed, {*(slide.slide for slide in found), *tasks})
     summary.excluded = excluded
     if not summary.records:
-        slide, reason = next(iter(summary.failed.items()))
-        raise InputError(
+        slide, (_, reason) = next(iter(summary.failed.items()))
+        raise DataError(
             f"{source}: none of {len(kept):,} slides could be taken, see {out / FAILURES}; the first, {slide}: {reason}"
         )
     return summary
@@ -188,7 +197,7 @@ def prepare_slide(source: Source, vocabulary: GeneVocabulary, options: Options) 
     """
     for what, path in (("counts", source.counts), ("features", source.features)):
         if not path.is_file():
-            raise InputError(f"no {what}: {path} is missing")
+            raise DataError(f"no {what}: {path} is missing")
     slide = read_slide(source.features)
     found = read_counts(source.counts)
     spots, rows = _in_both(slide.obs_names, list(found.obs_names))
@@ -211,10 +220,10 @@ def _in_both(of_features: Sequence[str], of_counts: Sequence[str]) -> tuple[list
     row = {barcode: i for i, barcode in enumerate(of_counts)}
     if len(row) != len(of_counts):
         twice = Counter(of_counts).most_common(1)[0][0]
-        raise InputError(f"the counts name spot {twice!r} twice; each spot needs one row")
+        raise DataError(f"the counts name spot {twice!r} twice; each spot needs one row")
     spots = [i for i, barcode in enumerate(of_features) if barcode in row]
     if len(spots) < 2:  # one spot has no place and no variance
-        raise InputError(
+        raise DataError(
             f"counts and features have {len(spots) or 'no'} barcode in common; the first of the counts is "
             f"{of_counts[0]!r}, of the features {of_features[0]!r} (a number where the file has no barcodes)"
         )
@@ -223,11 +232,11 @@ def _in_both(of_features: Sequence[str], of_counts: Sequence[str]) -> tuple[list
 
 def _require_units(counts: csr_matrix, units: str) -> None:
     if not counts.data.any():
-        raise InputError("nothing is counted: every count is 0")
+        raise DataError("nothing is counted: every count is 0")
     if is_whole(counts) and units == "log1p":
-        raise InputError("all counts are whole numbers, as raw ones are; leave out --counts log1p")
+        raise DataError("all counts are whole numbers, as raw ones are; leave out --counts log1p")
     if not is_whole(counts) and units == "raw":
-        raise InputError(
+        raise DataError(
             f"counts are no whole numbers (highest {counts.data.max():g}), as if normalised or log-transformed; "
             "give raw counts, or --counts log1p where they are log1p of raw counts"
         )
@@ -266,7 +275,7 @@ def _marked(
 
 def _record(source: Source, options: Options) -> Record:
     if not source.row:
-        raise InputError("the metadata have no row of it")
+        raise DataError("the metadata have no row of it")
     fields = record_fields(source, options.layout)
     return Record(
         slide=source.slide,
@@ -317,7 +326,7 @@ def _is_taken(source: Source, store: Store, options: Options) -> bool:
 
 def _outcomes(
     sources: Sequence[Source], store: Store, options: Options, workers: int
-) -> Iterator[tuple[str, Record | str]]:
+) -> Iterator[tuple[str, Record | Failure]]:
     """Each slide with its record, its file being written, or with the reason why not, as they come."""
     to_do = list(sources)
     # The first slide that can be taken sets the width of the features, which every worker has to know.
@@ -328,31 +337,31 @@ def _outcomes(
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     try:
-        slides: dict[Future[Record | str], str] = {
+        slides: dict[Future[Record | Failure], str] = {
             pool.submit(_take_in_worker, store.path, source, options): source.slide for source in to_do
         }
         for future in as_completed(slides):
             yield slides[future], future.result()
     except BrokenProcessPool as error:
-        raise InputError(
+        raise MemoryLimitError(
             f"{store.path}: a worker ended, killed or out of memory; run again with fewer --workers, it goes on"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _take(store: Store, source: Source, options: Options) -> Record | str:
+def _take(store: Store, source: Source, options: Options) -> Record | Failure:
     """Write a slide's file into the store: its record, or why it cannot be taken."""
     try:
         record = _record(source, options)
         return store.write(record, prepare_slide(source, store.vocabulary, options))
     except InputError as error:
-        return str(error)
+        return Failure(error.code, str(error))
     except Exception as error:  # one odd file must not end a run over a thousand
-        return f"{type(error).__name__}: {error}"
+        return Failure(code_of(error), f"{type(error).__name__}: {error}")
 
 
-def _take_in_worker(store: Path, source: Source, options: Options) -> Record | str:
+def _take_in_worker(store: Path, source: Source, options: Options) -> Record | Failure:
     return _take(_opened(store), source, options)
 
 
@@ -379,7 +388,7 @@ def _alone(store: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{store}: another stpath data prepare writes into it; wait for its end") from None
+            raise OutputError(f"{store}: another stpath data prepare writes into it; wait for its end") from None
         except OSError:  # a file system without locks
             pass
         try:
@@ -389,14 +398,15 @@ def _alone(store: Path) -> Iterator[None]:
                 half.unlink(missing_ok=True)
 
 
-def _write_failures(store: Store, failed: dict[str, str], tried: Set[str]) -> None:
+def _write_failures(store: Store, failed: dict[str, Failure], tried: Set[str]) -> None:
     """Keep the failures of other data sets, which this run did not try again."""
     import pandas as pd
 
     path = store.path / FAILURES
-    before: dict[str, str] = {}
+    before: dict[str, Failure] = {}
     if path.exists():
-        before = dict(pd.read_csv(path, dtype=str, index_col="slide")["reason"])
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        before = {row["slide"]: Failure(row.get("code", ""), row["reason"]) for row in table.to_dict("records")}
     store.write_failures({slide: why for slide, why in before.items() if slide not in tried} | failed)
 
 
@@ -420,4 +430,4 @@ def _layout(name: str) -> Layout:
     try:
         return Layout(name)
     except ValueError:
-        raise InputError(f"unknown layout {name!r}; known: {', '.join(Layout)}") from None
+        raise OptionError(f"unknown layout {name!r}; known: {', '.join(Layout)}") from None

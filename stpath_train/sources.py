@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stpath_runtime.context import as_csr
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import DataError, InputError, OptionError
 from stpath_runtime.vocabulary import nearest_names
 
 if TYPE_CHECKING:
@@ -145,13 +145,13 @@ def find_sources(folder: Path, layout: Layout, features: Path, table: DataFrame)
         If the folder is missing or holds no slide of that layout.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
+        raise DataError(f"{folder}: no such folder")
     rows = table.to_dict("index")
     # A slide may serve several tasks of HEST-bench.
     found = {source.slide: source for source in LAYOUTS[layout](folder, features)}
     if not found:
         expected = str(LAYOUTS[layout].__doc__).splitlines()[0].rstrip(".")
-        raise InputError(f"{folder}: holds no slide of the layout {layout.value}; expected {expected}")
+        raise DataError(f"{folder}: holds no slide of the layout {layout.value}; expected {expected}")
     return [replace(source, row=_words(rows.get(source.slide, {}))) for source in found.values()]
 
 
@@ -177,15 +177,15 @@ def read_metadata(folder: Path, layout: Layout, path: Path | None) -> DataFrame:
     try:
         table = _read_table(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a table of slides ({error})") from error
+        raise DataError(f"{path}: cannot be read as a table of slides ({error})") from error
     for needed in ("slide", "organ", "technology"):
         if columns[needed] not in table:
-            raise InputError(
+            raise DataError(
                 f"{path}: no column {columns[needed]!r}, the {needed}; it has {', '.join(map(str, table.columns))}"
             )
     slides = table[columns["slide"]]
     if slides.duplicated().any():
-        raise InputError(f"{path}: slide {slides[slides.duplicated()].iloc[0]!r} stands twice; keep one row of it")
+        raise DataError(f"{path}: slide {slides[slides.duplicated()].iloc[0]!r} stands twice; keep one row of it")
     return table.set_index(columns["slide"], drop=False)
 
 
@@ -194,7 +194,7 @@ def _metadata_file(folder: Path, layout: Layout) -> Path:
     found = sorted(folder.glob(pattern), key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     if not found:
         hint = "; stpath data download hest --pattern 'HEST_v*.csv' gets it" if pattern.startswith("HEST") else ""
-        raise InputError(f"{folder}: no table of the slides ({pattern}); give one with --metadata{hint}")
+        raise DataError(f"{folder}: no table of the slides ({pattern}); give one with --metadata{hint}")
     return found[-1]  # the newest version
 
 
@@ -227,9 +227,9 @@ def read_counts(path: Path) -> AnnData:
     except Exception as error:  # anndata raises errors of h5py, pandas and its own on a damaged file
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: cannot be read ({error}); download it again") from error
+        raise DataError(f"{path}: cannot be read ({error}); download it again") from error
     if adata.X is None or 0 in adata.shape:
-        raise InputError(f"{path}: holds no counts; X is empty")
+        raise DataError(f"{path}: holds no counts; X is empty")
     return adata
 
 
@@ -262,7 +262,7 @@ def read_spots(path: Path, spots: Sequence[str]) -> DataFrame:
     try:
         table = _read_table(path, index_col=0)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a table of spots ({error}); download it again") from error
+        raise DataError(f"{path}: cannot be read as a table of spots ({error}); download it again") from error
     table.index = table.index.astype(str)
     return table[~table.index.duplicated()].reindex(list(spots)).dropna(axis=1, how="all")
 
@@ -290,7 +290,7 @@ def read_rules(path: Path, table: DataFrame) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        raise InputError(f"--exclude {path}: cannot be read ({error}); give a text file, a rule a line") from error
+        raise OptionError(f"--exclude {path}: cannot be read ({error}); give a text file, a rule a line") from error
     rules = [rule for line in lines if (rule := line.strip()) and not rule.startswith("#")]
     for rule in rules:
         column, is_of_column, _ = rule.partition("=")
@@ -303,7 +303,7 @@ def require_column(column: str, table: DataFrame, whose: str) -> None:
     """Raise InputError where a column is not of the metadata table."""
     if column not in table:
         names = [str(name) for name in table.columns]
-        raise InputError(
+        raise DataError(
             f"{whose}: the metadata have no column {column!r}{nearest_names(column, names)}; they have "
             f"{', '.join(names)}"
         )
@@ -354,6 +354,6 @@ def bench_tasks(folder: Path) -> dict[str, Task]:
                 for fold in range(count)
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{splits.parent}: no task of HEST-bench ({error}); download it again") from error
+            raise DataError(f"{splits.parent}: no task of HEST-bench ({error}); download it again") from error
         tasks[splits.parent.name] = Task(genes, folds)
     return tasks

@@ -22,13 +22,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from stpath_runtime.context import Context, as_csr, known_genes
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import FeaturesError, InputError, OutputError, StoreError, VocabularyError
 from stpath_runtime.neighbors import BLOCK, cut
 from stpath_runtime.output import written_whole
 from stpath_runtime.slide import Slide
@@ -64,9 +64,9 @@ class Record:
         organ_token(self.organ)
         technology_token(self.technology or None)
         if self.counts not in UNITS:
-            raise InputError(f"slide {self.slide}: counts are {' or '.join(UNITS)}, not {self.counts!r}")
+            raise StoreError(f"slide {self.slide}: counts are {' or '.join(UNITS)}, not {self.counts!r}")
         if not self.slide or self.slide != Path(self.slide).name or self.slide.startswith("."):
-            raise InputError(f"{self.slide!r} is no name of a slide; give one that can name a file")
+            raise StoreError(f"{self.slide!r} is no name of a slide; give one that can name a file")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ class Task:
 
     genes: list[str]
     folds: list[dict[str, list[str]]]  # each {"train": slides, "test": slides}
+
+
+class Failure(NamedTuple):
+    """Why a slide could not be taken, as `failures.csv` has it."""
+
+    code: str  # of stpath_runtime.errors
+    reason: str
 
 
 class Store:
@@ -101,7 +108,7 @@ class Store:
             store.require_vocabulary(vocabulary, "the vocabulary given")
             return store
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(f"{path}: exists and is no training store; choose another folder")
+            raise OutputError(f"{path}: exists and is no training store; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
         vocabulary.write(path / GENES)
         store = cls(path, vocabulary, 0, [])
@@ -121,11 +128,11 @@ class Store:
 
         path = Path(path)
         if not (path / STORE).is_file():
-            raise InputError(f"{path}: no training store (it has no {STORE}); make one with stpath data prepare")
+            raise StoreError(f"{path}: no training store (it has no {STORE}); make one with stpath data prepare")
         try:
             about = json.loads((path / STORE).read_text())
             if about["schema"] > SCHEMA:
-                raise InputError(f"{path}: a store of schema {about['schema']}, newer than {SCHEMA}; upgrade stpath")
+                raise StoreError(f"{path}: a store of schema {about['schema']}, newer than {SCHEMA}; upgrade stpath")
             table = pd.read_csv(path / SLIDES, dtype=str, keep_default_na=False)
             numbers = {field.name: int for field in fields(Record) if field.type == "int"}
             records = [Record(**row) for row in table.astype(numbers).to_dict("records")]  # type: ignore[arg-type]
@@ -133,9 +140,9 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path}: a damaged training store ({error}); prepare it again") from error
+            raise StoreError(f"{path}: a damaged training store ({error}); prepare it again") from error
         if _hash(path / GENES) != genes:
-            raise InputError(f"{path}: {GENES} is not the vocabulary that the store was made with; prepare it again")
+            raise StoreError(f"{path}: {GENES} is not the vocabulary that the store was made with; prepare it again")
         return cls(path, GeneVocabulary.read(path / GENES), n_features, records)
 
     def add(self, record: Record, adata: AnnData) -> None:
@@ -164,7 +171,7 @@ class Store:
         """
         width = adata.obsm["features"].shape[1]
         if self.n_features not in (0, width):
-            raise InputError(
+            raise FeaturesError(
                 f"slide {record.slide}: features are {width:,} wide, those of the store {self.n_features:,}; one store "
                 "holds the features of one encoder"
             )
@@ -197,7 +204,7 @@ class Store:
         try:
             return anndata.read_h5ad(self.slide_path(slide))
         except Exception as error:  # anndata raises errors of h5py, pandas and its own on a damaged file
-            raise InputError(f"{self.slide_path(slide)}: cannot be read ({error}); prepare the slide again") from error
+            raise StoreError(f"{self.slide_path(slide)}: cannot be read ({error}); prepare the slide again") from error
 
     def as_slide(self, adata: AnnData, slide: str) -> Slide:
         """What a model is given of a slide: features, coordinates, organ and technology, not the expression."""
@@ -229,7 +236,7 @@ class Store:
         if not path.is_file():
             known = sorted(file.stem for file in (self.path / "tasks").glob("*.json"))
             held = f"it has {', '.join(known)}" if known else "it has none"
-            raise InputError(f"{self.path}: no task {name!r}{nearest_names(name, known)}; {held}")
+            raise StoreError(f"{self.path}: no task {name!r}{nearest_names(name, known)}; {held}")
         return Task(**json.loads(path.read_text()))
 
     def add_task(self, name: str, task: Task) -> None:
@@ -237,27 +244,28 @@ class Store:
         with written_whole(self.path / "tasks" / f"{name}.json") as partial:
             partial.write_text(json.dumps(asdict(task), indent=1))
 
-    def write_failures(self, reasons: dict[str, str]) -> None:
+    def write_failures(self, failed: dict[str, Failure]) -> None:
         """Write which slides could not be taken, and why; no file where every slide could."""
         import pandas as pd
 
         path = self.path / FAILURES
         path.unlink(missing_ok=True)
-        if reasons:
+        if failed:
+            rows = [(slide, *failure) for slide, failure in failed.items()]
             with written_whole(path) as partial:
-                pd.DataFrame(reasons.items(), columns=["slide", "reason"]).to_csv(partial, index=False)
+                pd.DataFrame(rows, columns=["slide", "code", "reason"]).to_csv(partial, index=False)
 
     def require_slides(self, slides: Sequence[str]) -> None:
         """Raise InputError where a slide is not of this store."""
         for slide in slides:
             if slide not in self.records:
                 near = nearest_names(slide, self.records)
-                raise InputError(f"{self.path}: no slide {slide!r}{near}; it has {len(self.records):,}, see {SLIDES}")
+                raise StoreError(f"{self.path}: no slide {slide!r}{near}; it has {len(self.records):,}, see {SLIDES}")
 
     def require_vocabulary(self, vocabulary: GeneVocabulary, whose: str) -> None:
         """Raise InputError where another vocabulary numbers the genes otherwise."""
         if list(vocabulary.ensembl_ids) != list(self.vocabulary.ensembl_ids):
-            raise InputError(
+            raise VocabularyError(
                 f"{self.path}: a store of another vocabulary ({self.vocabulary.n_tokens:,} tokens; {whose} has "
                 f"{vocabulary.n_tokens:,}, or other genes); prepare the slides with that vocabulary"
             )
@@ -290,7 +298,7 @@ class StoredSlide:
             self.tokens: npt.NDArray[np.int64] = file["var/token"][()]  # [P]
             self.highly_variable: npt.NDArray[np.bool_] = file["var/highly_variable"][()]  # [P]
         except (OSError, KeyError, ValueError) as error:
-            raise InputError(f"{path}: a damaged slide of the store ({error}); prepare it again") from error
+            raise StoreError(f"{path}: a damaged slide of the store ({error}); prepare it again") from error
         self.record = record
         # As the model takes them, over the whole slide: [N, 2]
         self.coords = Slide(coords, np.zeros((len(coords), 1), np.float32)).normalized_coords().astype(np.float32)

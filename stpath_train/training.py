@@ -33,7 +33,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import ConfigError, DeviceError, InputError, InstallError, MemoryLimitError, OutputError
 from stpath_runtime.manifest import ModelConfig
 from stpath_runtime.output import written_whole
 from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES
@@ -174,7 +174,7 @@ class History(Callback):
         """Add a row, and write the table and its picture."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(metrics["loss"]):  # before a checkpoint is written
-            raise InputError(
+            raise ConfigError(
                 f"epoch {trainer.current_epoch + 1}: the loss is {metrics['loss']}; lower "
                 "optimizer.learning_rate or set optimizer.clip to 1, in a new run.out"
             )
@@ -255,16 +255,16 @@ def _faults_named(trainer: L.Trainer) -> Iterator[None]:
             raise KeyboardInterrupt from None
         raise
     except InputError as error:  # of a process that loads windows PyTorch gives the traceback, and then the fault
-        raise InputError(str(error).rpartition("InputError: ")[2]) from error
+        raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2]) from error
     except torch.OutOfMemoryError as error:
-        raise InputError(
+        raise MemoryLimitError(
             "the GPU has not enough memory; lower run.batch (and raise run.accumulate), or the most of data.spots, in "
             "a new run.out"
         ) from error
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise InputError(
+        raise MemoryLimitError(
             "a process that loads windows was killed, as where memory is short; run again with fewer data.workers, it "
             "goes on"
         ) from error
@@ -302,17 +302,17 @@ def _check_slides(store: Store, config: TrainConfig) -> None:
     store.require_slides([*(data.slides or []), *data.validation])
     chosen = data.slides if data.slides is not None else sorted(store.records)
     if outside := [slide for slide in data.validation if slide not in chosen]:
-        raise InputError(f"data.validation: {outside[0]!r} is not among data.slides; add it there")
+        raise ConfigError(f"data.validation: {outside[0]!r} is not among data.slides; add it there")
     training = [slide for slide in chosen if slide not in data.validation]
     if not training:
-        raise InputError(f"{store.path}: no slide is left to train on; give data.slides and data.validation others")
+        raise ConfigError(f"{store.path}: no slide is left to train on; give data.slides and data.validation others")
     patients = {store.records[slide].patient for slide in training} - {""}
     for slide in data.validation:
         if (patient := store.records[slide].patient) in patients:
-            raise InputError(f"data.validation: {slide!r} is of patient {patient!r}, who has slides in training too")
+            raise ConfigError(f"data.validation: {slide!r} is of patient {patient!r}, who has slides in training too")
     for slide in chosen:
         if store.records[slide].counts == "log1p" and data.counts == "raw":
-            raise InputError(f"slide {slide}: its counts are log-transformed already; set data.counts to log1p")
+            raise ConfigError(f"slide {slide}: its counts are log-transformed already; set data.counts to log1p")
         require_windows(open_slide(store, slide), config.masking)
 
 
@@ -337,7 +337,7 @@ def _model(store: Store, config: TrainConfig) -> STPath:
     model = load_checkpoint(wanted.checkpoint)
     for field in ("d_model", "n_heads", "n_layers", "d_mlp"):
         if field in wanted.model_fields_set and getattr(wanted, field) != getattr(model.config, field):
-            raise InputError(
+            raise ConfigError(
                 f"model.{field}: {getattr(wanted, field)}, but {wanted.checkpoint} has {getattr(model.config, field)}; "
                 "leave the sizes out"
             )
@@ -346,7 +346,7 @@ def _model(store: Store, config: TrainConfig) -> STPath:
         ("gene tokens", store.vocabulary.n_tokens, model.config.n_tokens),
     ):
         if found != needed:
-            raise InputError(f"{wanted.checkpoint}: a model of {needed:,} {what}; those of {store.path} are {found:,}")
+            raise ConfigError(f"{wanted.checkpoint}: a model of {needed:,} {what}; those of {store.path} are {found:,}")
     require_genes(wanted.checkpoint, store.vocabulary, str(store.path))
     model.config = replace(model.config, attention=wanted.attention, neighbors=wanted.neighbors)
     return model
@@ -393,9 +393,9 @@ def _trainer(config: TrainConfig) -> L.Trainer:
 def _require_gpus(config: TrainConfig) -> None:
     run, gpus = config.run, torch.cuda.device_count()
     if run.accelerator == "gpu" and gpus == 0:
-        raise InputError("run.accelerator: gpu, but PyTorch finds no GPU; set it to cpu, or install a build for CUDA")
+        raise DeviceError("run.accelerator: gpu, but PyTorch finds no GPU; set it to cpu, or install a build for CUDA")
     if run.accelerator != "cpu" and 0 < gpus < run.devices:
-        raise InputError(f"run.devices: {run.devices}, but PyTorch finds {gpus} GPUs; set it to {gpus} or fewer")
+        raise DeviceError(f"run.devices: {run.devices}, but PyTorch finds {gpus} GPUs; set it to {gpus} or fewer")
 
 
 def _logger(config: TrainConfig) -> Any:
@@ -409,7 +409,7 @@ def _logger(config: TrainConfig) -> Any:
     from importlib.util import find_spec
 
     if find_spec("wandb") is None:
-        raise InputError("run.logger: wandb is not installed; run: pip install wandb")
+        raise InstallError("run.logger: wandb is not installed; run: pip install wandb")
     from lightning.pytorch.loggers import WandbLogger
 
     return WandbLogger(name=run.out.name, save_dir=run.out, config=config.model_dump(mode="json"))
@@ -422,13 +422,13 @@ def _claim(config: TrainConfig, store: Store) -> None:
     held = {"slides": chosen, "features": store.n_features, "genes": genes_hash(store.vocabulary)}
     if (out / CONFIG).exists():
         if changed := differences(read_config(out / CONFIG), config):
-            raise InputError(f"{out}: a run with another config ({'; '.join(changed)}); choose another run.out")
+            raise OutputError(f"{out}: a run with another config ({'; '.join(changed)}); choose another run.out")
     elif out.exists() and (not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())):
-        raise InputError(f"{out}: exists and is no run of stpath; choose another run.out")
+        raise OutputError(f"{out}: exists and is no run of stpath; choose another run.out")
     if (out / STORE).exists():
         began_with = json.loads((out / STORE).read_text())
         if changed := [name for name in held if held[name] != began_with[name]]:
-            raise InputError(
+            raise OutputError(
                 f"{store.path}: its {' and '.join(changed)} are no longer those that the run in {out} began with (see "
                 f"{STORE} there); choose another run.out"
             )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import ConfigError
 from stpath_runtime.vocabulary import PAD_TOKEN, organ_token, technology_token
 
 from .config import Data, Masking
@@ -117,9 +117,9 @@ def require_windows(slide: StoredSlide, masking: Masking) -> None:
     """Raise InputError where a window of a slide would be empty: of fewer than two spots, or asked for no gene."""
     name = slide.record.slide
     if len(slide) < 2:
-        raise InputError(f"slide {name}: {len(slide)} spots, and a window has two or more; leave it out (data.slides)")
+        raise ConfigError(f"slide {name}: {len(slide)} spots, and a window has two or more; leave it out (data.slides)")
     if masking.highly_variable > 0 and not slide.highly_variable.any():
-        raise InputError(
+        raise ConfigError(
             f"slide {name}: none of its genes is marked as highly variable; leave it out (data.slides), prepare it "
             "again, or set masking.highly_variable to 0"
         )

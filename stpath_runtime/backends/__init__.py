@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import BackendError
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -56,18 +56,18 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
         If the backend is unknown or not installed, the device is not there, or either lacks the precision.
     """
     if precision is not None and precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+        raise BackendError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if name == "openvino":
         from .openvino import OpenVinoBackend
 
         if stored != "fp32":
-            raise InputError(
+            raise BackendError(
                 f"{engine}: an {stored} engine; the backend openvino takes fp32 engines alone, and rounds by itself: "
                 "export one with --precision fp32, then give --precision bf16"
             )
         return OpenVinoBackend(engine, device, precision or stored)
     if precision not in (None, stored) and name in BACKENDS:
-        raise InputError(
+        raise BackendError(
             f"precision {precision}: the backend {name} computes in the engine's own, {stored}; "
             + ("give --backend openvino" if precision == "bf16" else f"export an engine with --precision {precision}")
         )
@@ -79,4 +79,4 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
         from .tensorrt import TensorRtBackend
 
         return TensorRtBackend(engine, device, name)
-    raise InputError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    raise BackendError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import BackendError, InputError
 from ..manifest import Manifest
 from . import BACKENDS, open_backend
 
@@ -40,4 +40,4 @@ def choose_backend(engine: Path, device: str, precision: str | None) -> tuple[st
         why = "the engine was proven so" if proven else "stpath verify proves it"
         passed_over = [f"not {reason.split(';')[0]}" for reason in against]
         return name, f"backend auto: {name}, {what} ({'; '.join([why, *passed_over])})"
-    raise InputError(f"backend auto: none runs {what}; " + "; ".join(against))
+    raise BackendError(f"backend auto: none runs {what}; " + "; ".join(against))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import BackendError, DeviceError, InstallError
 from ..memory import available_on_gpu, available_on_host
 from . import Arrays, installed
 
@@ -34,11 +34,11 @@ class OnnxRuntimeBackend:
         try:
             import onnxruntime
         except ImportError as error:
-            raise InputError(
+            raise InstallError(
                 "ONNX Runtime is not installed; run: pip install 'stpath-engine[cpu]' (or [gpu], never both)"
             ) from error
         if both := [found for package in PACKAGES if (found := installed(package)) is not None][1:]:
-            raise InputError(
+            raise InstallError(
                 f"both {' and '.join(PACKAGES)} ({both[0]}) are installed, over each other; run: pip uninstall -y "
                 f"{' '.join(PACKAGES)} && pip install 'stpath-engine[cpu]' (or [gpu], never both)"
             )
@@ -65,9 +65,9 @@ class OnnxRuntimeBackend:
             return "CPUExecutionProvider", {}
         match = re.fullmatch(r"cuda:(\d+)", self.device)
         if match is None:
-            raise InputError(f"unknown device {self.device!r} for ONNX Runtime; give cpu or cuda:N")
+            raise DeviceError(f"unknown device {self.device!r} for ONNX Runtime; give cpu or cuda:N")
         if "CUDAExecutionProvider" not in self._ort.get_available_providers():
-            raise InputError(
+            raise InstallError(
                 f"device {self.device}: the installed ONNX Runtime runs on the CPU only; run: pip uninstall "
                 "onnxruntime && pip install 'stpath-engine[gpu]', or give device cpu"
             )
@@ -83,11 +83,11 @@ class OnnxRuntimeBackend:
         try:
             session = self._ort.InferenceSession(path, options, providers=[(self._provider, self._provider_options)])
         except Exception as error:  # ONNX Runtime's own exceptions share no base of their own
-            raise InputError(f"{path}: ONNX Runtime cannot run it on {self.device}: {_first_line(error)}") from error
+            raise BackendError(f"{path}: ONNX Runtime cannot run it on {self.device}: {_first_line(error)}") from error
         running = session.get_providers()[0]
         if running != self._provider:
             # ONNX Runtime falls back to the CPU with a mere log line when CUDA fails to start.
-            raise InputError(
+            raise DeviceError(
                 f"device {self.device}: {self._provider} did not start, ONNX Runtime chose {running}; check the GPU "
                 "driver and CUDA libraries, or give device cpu"
             )

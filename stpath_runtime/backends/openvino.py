@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import BackendError, DeviceError, InstallError
 from ..manifest import MANIFEST
 from ..memory import available_on_host
 from . import Arrays
@@ -69,13 +69,13 @@ class OpenVinoBackend:
 
     def __init__(self, engine: Path, device: str, precision: str) -> None:
         if device != "cpu":
-            raise InputError(f"device {device}: the backend openvino runs on the CPU; give --device cpu")
+            raise DeviceError(f"device {device}: the backend openvino runs on the CPU; give --device cpu")
         self._ov = _import_openvino()
         self._core = self._ov.Core()
         if precision not in HINTS:
-            raise InputError(f"precision {precision}: the backend openvino has {' and '.join(HINTS)}")
+            raise BackendError(f"precision {precision}: the backend openvino has {' and '.join(HINTS)}")
         if precision == "bf16" and "BF16" not in self.capabilities():
-            raise InputError(
+            raise BackendError(
                 "precision bf16: this CPU has neither AMX nor AVX-512-BF16, as OpenVINO reports; give --precision fp32"
             )
         self._engine, self._precision = engine, precision
@@ -131,11 +131,11 @@ class OpenVinoBackend:
                     model = self._reduce(model)
                 compiled = self._core.compile_model(model, "CPU", options)
             except RuntimeError as error:
-                raise InputError(f"{path}: OpenVINO cannot run it: {_last_line(error)}") from error
+                raise BackendError(f"{path}: OpenVINO cannot run it: {_last_line(error)}") from error
             _keep(kept, compiled)
         running = compiled.get_property("INFERENCE_PRECISION_HINT")
         if running != getattr(self._ov.Type, hint):
-            raise InputError(
+            raise BackendError(
                 f"precision {self._precision}: OpenVINO chose {running} for {graph}; give --precision fp32"
             )
         return compiled
@@ -212,7 +212,7 @@ def _subtract_whole_numbers(model: openvino.Model, positions: list[Any], ov: Any
                 taker.replace_source_output(difference.output(0))
             found += 1
     if found == 0 or found % SUBTRACTIONS:
-        raise InputError("this OpenVINO reads distances in a way that is not known here; give --precision fp32")
+        raise BackendError("this OpenVINO reads distances in a way that is not known here; give --precision fp32")
     model.validate_nodes_and_infer_types()
 
 
@@ -225,7 +225,7 @@ def _import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise InputError("OpenVINO is not installed; run: pip install 'stpath-engine[openvino]'") from error
+        raise InstallError("OpenVINO is not installed; run: pip install 'stpath-engine[openvino]'") from error
     return openvino
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cuda import Gpu
-from ..errors import InputError
+from ..errors import PlanError
 from ..plans import LIBRARIES, Range, check_plans, import_tensorrt, last_error, plans_folder, quiet_logger
 from . import Arrays
 
@@ -92,13 +92,13 @@ class TensorRtBackend:
 
     def _load(self, graph: str) -> _Loaded:
         if graph not in self._plans.plans:
-            raise InputError(f"{graph}: TensorRT runs the stages only, {', '.join(self._plans.plans)}")
+            raise PlanError(f"{graph}: TensorRT runs the stages only, {', '.join(self._plans.plans)}")
         self._gpu.use()
         path, trt = self._folder / f"{graph}.plan", self._trt
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             why = last_error(self._log)
-            raise InputError(f"{path}: {LIBRARIES[self.name]} cannot load it on {self._gpu.name}: {why}; {self._mend}")
+            raise PlanError(f"{path}: {LIBRARIES[self.name]} cannot load it on {self._gpu.name}: {why}; {self._mend}")
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         types = {name: trt.nptype(engine.get_tensor_dtype(name)) for name in names}
@@ -111,7 +111,7 @@ class TensorRtBackend:
         if all(low <= size <= high for low, size, high in zip(least, shape, largest, strict=True)):
             return
         more = max((size for size, high in zip(shape, largest, strict=True) if size > high), default=0)
-        raise InputError(
+        raise PlanError(
             f"{graph}: {name} of shape {list(shape)}, and the plan was built for {list(least)} to {list(largest)}, "
             f"slides up to {self._plans.max_spots:,} spots; {self._mend}{f' --max-spots {more}' if more else ''}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..context import Context
-from ..errors import InputError
+from ..errors import ContextError, FileError
 from ..slide import Slide
 from .elements import is_anndata, read_anndata, read_matrix, read_names
 from .hdf5 import BARCODES, read_features
@@ -61,9 +61,7 @@ def read_slide(
         elif is_spatialdata(source):
             parts = read_spatialdata(source, features_key)
         else:
-            raise InputError(
-                f"{path}: a zarr store, but neither AnnData nor SpatialData; it holds: {source.listed('')}"
-            )
+            raise FileError(f"{path}: a zarr store, but neither AnnData nor SpatialData; it holds: {source.listed('')}")
     return Slide(parts.coords, parts.features, parts.barcodes, organ, technology, name=str(path), patch=parts.patch)
 
 
@@ -78,14 +76,14 @@ def read_context(path: str | Path) -> Context:
     with opened(Path(path), "context counts") as source:
         _require_anndata(source, "context counts")
         if "X" not in source.names():
-            raise InputError(f"{path}: holds no X; expected raw counts there")
+            raise ContextError(f"{path}: holds no X; expected raw counts there")
         counts = read_matrix(source, "X")
         spots, genes = read_names(source, "obs"), read_names(source, "var")
     if counts is None:
-        raise InputError(f"{path}: holds no X; expected raw counts there")
+        raise ContextError(f"{path}: holds no X; expected raw counts there")
     return Context(ids=list(spots), counts=counts, genes=list(genes))
 
 
 def _require_anndata(source: Source, what: str) -> None:
     if not is_anndata(source):
-        raise InputError(f"{source.path}: no AnnData; expected {what} in h5ad or zarr, found: {source.listed('')}")
+        raise FileError(f"{source.path}: no AnnData; expected {what} in h5ad or zarr, found: {source.listed('')}")

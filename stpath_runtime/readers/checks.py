@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import InputError, InputWarning
+from ..errors import FileError, InputError, InputWarning, MemoryLimitError
 
 SMALL = 64 * 2**20  # bytes that are allocated whatever a file holds
 BOMB = 1000  # bytes declared for one stored: deflate's limit is about this, and no measured data comes near it
@@ -29,9 +29,9 @@ def reading(path: Path, what: str = "the file") -> Iterator[None]:
     except InputError:
         raise
     except MemoryError as error:
-        raise InputError(f"{path}: {what} does not fit in memory") from error
+        raise MemoryLimitError(f"{path}: {what} does not fit in memory") from error
     except Exception as error:  # h5py, zarr, anndata, pandas and pyarrow raise errors of any kind
-        raise InputError(
+        raise FileError(
             f"{path}: {what} cannot be read; it is truncated or damaged ({brief(error)}); "
             "copy it again, or make it anew"
         ) from error
@@ -53,7 +53,7 @@ def check_size(path: Path, what: str, declared: int, chunks: int, stored: int) -
         If over 64 MiB are declared, and 1,000 times what is stored; or over 10,000 chunks, with less than a byte each.
     """
     if declared > max(SMALL, BOMB * stored) or chunks > max(MANY_CHUNKS, stored):
-        raise InputError(
+        raise FileError(
             f"{path}: {what} declares {declared:,} bytes in {chunks:,} chunks but stores {stored:,}; "
             "it is damaged or made to fill the memory: make it anew"
         )

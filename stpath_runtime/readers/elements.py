@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import FileError, SlideError
 from ..vocabulary import nearest_names
 from .checks import reading
 from .sources import Parts, Source
@@ -30,14 +30,14 @@ def read_anndata(source: Source, features_key: str | None) -> Parts:
     """
     path, kept = source.path, source.names("obsm")
     if "spatial" not in kept:
-        raise InputError(
+        raise SlideError(
             f"{path}: no coordinates; expected obsm['spatial'] [N, 2], found in obsm: {source.listed('obsm')}"
         )
     if features_key is not None and features_key not in kept:
         near = nearest_names(features_key, kept)
-        raise InputError(f"{path}: no obsm[{features_key!r}]{near}; obsm holds: {source.listed('obsm')}")
+        raise SlideError(f"{path}: no obsm[{features_key!r}]{near}; obsm holds: {source.listed('obsm')}")
     if features_key is None and "X" not in source.names():
-        raise InputError(
+        raise SlideError(
             f"{path}: no X; say which of obsm are the features (features_key), it holds: {source.listed('obsm')}"
         )
     features = dense(source, "X" if features_key is None else f"obsm/{features_key}")
@@ -58,7 +58,7 @@ def dense(source: Source, key: str) -> npt.NDArray[Any]:
         return np.asarray(found)
     filled = found.nnz / max(found.shape[0] * found.shape[1], 1)
     if filled < LEAST_FILLED:
-        raise InputError(
+        raise SlideError(
             f"{source.path}: {key!r} is sparse and {filled:.1%} filled, as counts are and features are not; "
             f"say which of obsm are the features (features_key), it holds: {source.listed('obsm')}"
         )
@@ -93,4 +93,4 @@ def read_names(source: Source, table: str) -> npt.NDArray[Any]:
         names = np.asarray(source.read(f"{table}/{index}"), object)
         if names.ndim == 1:
             return names
-    raise InputError(f"{source.path}: {table!r} is no table with an index of names; write it with anndata 0.8 or newer")
+    raise FileError(f"{source.path}: {table!r} is no table with an index of names; write it with anndata 0.8 or newer")

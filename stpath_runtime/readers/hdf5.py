@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import FileError, SlideError
 from ..vocabulary import nearest_names
 from .checks import check_size, chunk_count, reading
 from .patches import patch_of_trident
@@ -59,9 +59,7 @@ def _check_heaps(path: Path) -> None:
                 length = int.from_bytes(data[at + 8 : at + 16], "little")
                 step = 16 + -(-length // 8) * 8 if index else length  # object 0 is what is free, its header included
                 if not 16 <= step <= end - at:
-                    raise InputError(
-                        f"{path}: damaged (an object of {length:,} bytes in a heap of text); copy it again"
-                    )
+                    raise FileError(f"{path}: damaged (an object of {length:,} bytes in a heap of text); copy it again")
                 at += step
             heap = data.find(HEAP, heap + 8)
 
@@ -91,9 +89,9 @@ class Hdf5Source(Source):
         import h5py
 
         if node.external or node.is_virtual:
-            raise InputError(f"{self.path}: {what} keeps its data in another file; copy the data into this one")
+            raise FileError(f"{self.path}: {what} keeps its data in another file; copy the data into this one")
         if node.dtype.kind not in KINDS and h5py.check_string_dtype(node.dtype) is None:
-            raise InputError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
+            raise FileError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
         if node.shape:
             pieces = node.chunks or node.shape
             chunks = chunk_count(node.shape, pieces)
@@ -118,10 +116,10 @@ def _check_links(file: Any, path: Path) -> None:
     with reading(path):
         found = file.id.links.visit(leaves, info=True)
     if count > MOST_LINKS:
-        raise InputError(f"{path}: holds more than {MOST_LINKS:,} datasets; give the features of one slide")
+        raise FileError(f"{path}: holds more than {MOST_LINKS:,} datasets; give the features of one slide")
     if found is not None:
         name = found.decode(errors="replace")
-        raise InputError(f"{path}: {name!r} is a link to another file; copy the data into this one")
+        raise FileError(f"{path}: {name!r} is a link to another file; copy the data into this one")
 
 
 def read_features(source: Source, features_key: str | None) -> Parts:
@@ -135,7 +133,7 @@ def read_features(source: Source, features_key: str | None) -> Parts:
     path, found = source.path, source.names()
     name = _features_name(source, features_key)
     if "coords" not in found:
-        raise InputError(f"{path}: no coordinates; expected a dataset 'coords' [N, 2], found: {source.listed('')}")
+        raise SlideError(f"{path}: no coordinates; expected a dataset 'coords' [N, 2], found: {source.listed('')}")
     features, coords = source.array(name), source.array("coords")
     for key in (name, "coords"):
         source.require_whole(key)
@@ -143,7 +141,7 @@ def read_features(source: Source, features_key: str | None) -> Parts:
         features = features[0]
     barcodes = next((source.array(key) for key in BARCODES if key in found), None)
     if barcodes is not None and barcodes.dtype.kind not in "SOUiu":
-        raise InputError(f"{path}: the barcodes are of type {barcodes.dtype}; expected text")
+        raise SlideError(f"{path}: the barcodes are of type {barcodes.dtype}; expected text")
     return Parts(coords, features, barcodes, patch_of_trident(source.attributes("coords"), path))
 
 
@@ -153,18 +151,18 @@ def _features_name(source: Source, features_key: str | None) -> str:
     if features_key is not None:
         if features_key not in found:
             near = nearest_names(features_key, found)
-            raise InputError(f"{path}: no dataset {features_key!r}{near}; it holds: {source.listed('')}")
+            raise SlideError(f"{path}: no dataset {features_key!r}{near}; it holds: {source.listed('')}")
         return features_key
     names = [name for name in FEATURES if name in found]
     if len(names) > 1:
-        raise InputError(f"{path}: holds {source.listed('')}; say which are the features (features_key)")
+        raise SlideError(f"{path}: holds {source.listed('')}; say which are the features (features_key)")
     if not names and "img" in found:
-        raise InputError(
+        raise SlideError(
             f"{path}: holds image patches ('img' {source.shape('img')}) and no features; compute them first: "
             f"stpath features {path} --out FEATURES.h5"
         )
     if not names:
-        raise InputError(
+        raise SlideError(
             f"{path}: no features; expected a dataset {' or '.join(map(repr, FEATURES))}, found: {source.listed('')}"
         )
     return names[0]

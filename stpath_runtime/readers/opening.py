@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import FileError
 from .checks import reading
 from .hdf5 import open_hdf5
 from .sources import Source
@@ -21,9 +21,9 @@ def opened(path: Path, what: str) -> Iterator[Source]:
 
     if path.is_dir():
         if not any((path / name).is_file() for name in ROOTS):
-            raise InputError(f"{path}: a folder, and no zarr store; expected {what} in a file or a .zarr folder")
+            raise FileError(f"{path}: a folder, and no zarr store; expected {what} in a file or a .zarr folder")
     elif not path.is_file():
-        raise InputError(f"{path}: no such file; expected {what}" if not path.exists() else f"{path}: not a file")
+        raise FileError(f"{path}: no such file; expected {what}" if not path.exists() else f"{path}: not a file")
     elif h5py.is_hdf5(path):
         with open_hdf5(path) as source:
             yield source
@@ -43,7 +43,7 @@ def _require_zarr_archive(path: Path, what: str) -> None:
         with reading(path), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     if start[:1] == b"\x80" or any(name.endswith("data.pkl") for name in names):  # a pickle; torch's archive of one
-        raise InputError(
+        raise FileError(
             f"{path}: a PyTorch file (.pt), which CLAM and TRIDENT fill with features alone; it holds no coordinates, "
             "and is not unpickled: give the .h5 of the slide"
         )
@@ -51,8 +51,6 @@ def _require_zarr_archive(path: Path, what: str) -> None:
         return
     nested = next((name for name in names if name.endswith(ROOTS) and name.count("/") == 1), None)
     if nested is not None:
-        raise InputError(
-            f"{path}: an archive of the folder {nested.split('/')[0]!r}; zip what is in it, not the folder"
-        )
+        raise FileError(f"{path}: an archive of the folder {nested.split('/')[0]!r}; zip what is in it, not the folder")
     kind = "a zip archive without a zarr store" if names else "not an HDF5 file, zarr folder or .zarr.zip"
-    raise InputError(f"{path}: {kind}; expected {what} in HDF5, h5ad or zarr")
+    raise FileError(f"{path}: {kind}; expected {what} in HDF5, h5ad or zarr")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import InputError, PredictionError
 from ..output import TABLE
 from .checks import reading
 from .opening import opened
@@ -84,6 +84,6 @@ def _place(source: Source) -> str:
 
 
 def _refused(source: Source) -> InputError:
-    return InputError(
+    return PredictionError(
         f"{source.path}: no prediction of stpath predict (it has no uns['stpath'] or obsm['spatial'], or is damaged)"
     )

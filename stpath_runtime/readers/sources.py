@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import FileError
 from ..slide import Patch
 from .checks import reading
 
@@ -70,7 +70,7 @@ class Source(ABC):
         """Read an array, whatever wrote it."""
         with reading(self.path, _quoted(key)):
             if not self._is_array(self._node(key)):
-                raise InputError(f"{self.path}: {_quoted(key)} is a group; expected a dataset")
+                raise FileError(f"{self.path}: {_quoted(key)} is a group; expected a dataset")
         self._check_all(key)
         with reading(self.path, _quoted(key)):
             return np.asarray(self._node(key)[()])
@@ -90,7 +90,7 @@ class Source(ABC):
             node = self._node(key)
             found, expected = self._pieces(node) if self._is_array(node) else (0, 0)
         if found < expected:
-            raise InputError(
+            raise FileError(
                 f"{self.path}: {_quoted(key)} lacks {expected - found:,} of its {expected:,} chunks, which would be "
                 "read as zeros; copy it again, or make it anew"
             )
@@ -109,14 +109,14 @@ class Source(ABC):
             at, depth = waiting.pop()
             found += 1
             if depth > DEEPEST or found > MOST:
-                raise InputError(
+                raise FileError(
                     f"{self.path}: {_quoted(key)} has more than {MOST:,} elements or {DEEPEST} levels, as if its links "
                     "form a circle; make the file anew"
                 )
             with reading(self.path, _quoted(at)):
                 node = self._node(at)
                 if node is None:
-                    raise InputError(f"{self.path}: holds no {_quoted(at)}; it is damaged: make it anew")
+                    raise FileError(f"{self.path}: holds no {_quoted(at)}; it is damaged: make it anew")
                 if self._is_array(node):
                     self._check_array(node, _quoted(at))
                 else:
@@ -151,7 +151,7 @@ def _check_sparse(source: Source, key: str, attributes: Mapping[str, Any]) -> No
     shape, pointers = source.shape(key), source.shape(f"{key}/indptr")
     along = encoding == "csc_matrix"
     if shape is None or len(shape) != 2 or min(shape) < 0 or pointers != [shape[along] + 1]:
-        raise InputError(
+        raise FileError(
             f"{source.path}: {_quoted(key)} has the shape {shape} but an indptr of the shape {pointers}; "
             "it is damaged: make it anew"
         )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..errors import FileError, InstallError, SlideError
 from ..vocabulary import nearest_names
 from .checks import check_size, reading
 from .elements import dense, read_names
@@ -34,7 +34,7 @@ def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
     element, instance_key = _annotated(source, table)
     rows = _column(source, table, instance_key)
     if len(set(rows.tolist())) != len(rows):
-        raise InputError(f"{source.path}: the table {table!r} has one {instance_key} twice; make them distinct")
+        raise SlideError(f"{source.path}: the table {table!r} has one {instance_key} twice; make them distinct")
     coords = _coords(source, element, instance_key, rows)
     patch = patch_of_lazyslide(source.attributes().get("tile_spec"), element, source.path)
     return Parts(coords, dense(source, f"{key}/X"), read_names(source, f"{key}/obs"), patch)
@@ -47,12 +47,12 @@ def _table_name(source: ZarrSource, features_key: str | None) -> str:
     if features_key is not None:
         if features_key not in tables:
             near = nearest_names(features_key, tables)
-            raise InputError(f"{source.path}: no table {features_key!r}{near}; its tables: {listed}")
+            raise SlideError(f"{source.path}: no table {features_key!r}{near}; its tables: {listed}")
         return features_key
     of_tiles = [name for name in tables if source.attributes(f"tables/{name}").get("region") in source.names("shapes")]
     if len(of_tiles) != 1:
         problem = "no table annotates" if not of_tiles else f"{len(of_tiles)} tables annotate"
-        raise InputError(
+        raise SlideError(
             f"{source.path}: {problem} tiles or other shapes; say which has the features (features_key), its tables: "
             f"{listed}"
         )
@@ -63,13 +63,13 @@ def _annotated(source: ZarrSource, table: str) -> tuple[str, str]:
     """The one element that a table annotates, and the column of obs with its instances."""
     found = source.read(f"tables/{table}/uns/spatialdata_attrs")
     if not isinstance(found, dict) or not {"region", "region_key", "instance_key"} <= set(found):
-        raise InputError(f"{source.path}: the table {table!r} annotates nothing; give one of tiles")
+        raise SlideError(f"{source.path}: the table {table!r} annotates nothing; give one of tiles")
     region_key, instance_key = str(found["region_key"]), str(found["instance_key"])
     regions = {str(region) for region in np.atleast_1d(np.asarray(found["region"], object)).tolist()}
     regions |= {str(region) for region in _column(source, table, region_key).tolist()}
     if len(regions) != 1 or not regions <= set(source.names("shapes")):
         listed, shapes = ", ".join(map(repr, sorted(regions))), ", ".join(source.names("shapes")) or "there is none"
-        raise InputError(
+        raise SlideError(
             f"{source.path}: the table {table!r} annotates {listed}; give one that annotates one element of shapes: "
             f"{shapes}"
         )
@@ -79,10 +79,10 @@ def _annotated(source: ZarrSource, table: str) -> tuple[str, str]:
 def _column(source: ZarrSource, table: str, name: str) -> npt.NDArray[Any]:
     """A column of obs, [N]."""
     if name not in source.names(f"tables/{table}/obs"):
-        raise InputError(f"{source.path}: the table {table!r} has no column {name!r}; make it anew")
+        raise FileError(f"{source.path}: the table {table!r} has no column {name!r}; make it anew")
     column = np.asarray(source.read(f"tables/{table}/obs/{name}"))
     if column.ndim != 1:
-        raise InputError(f"{source.path}: {name!r} of the table {table!r} is no column; make it anew")
+        raise FileError(f"{source.path}: {name!r} of the table {table!r} is no column; make it anew")
     return column
 
 
@@ -95,10 +95,10 @@ def _coords(source: ZarrSource, element: str, instance_key: str, rows: npt.NDArr
     with reading(path, what):
         ids = pd.Index(tiles.get(instance_key, tiles.index))
         if not ids.is_unique:
-            raise InputError(f"{path}: {what} has one {instance_key} twice; make them distinct")
+            raise SlideError(f"{path}: {what} has one {instance_key} twice; make them distinct")
         at = ids.get_indexer(pd.Index(rows))
     if missing := rows[at < 0].tolist():
-        raise InputError(
+        raise SlideError(
             f"{path}: {len(missing):,} of {len(rows):,} rows of the table are not in {what}, the first has the "
             f"{instance_key} {missing[0]!r}; compute the features again"
         )
@@ -121,12 +121,12 @@ def _read_tiles(source: ZarrSource, element: str, instance_key: str) -> Any:
         import shapely  # noqa: F401  (for outlines)
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise InputError(
+        raise InstallError(
             f"{source.path}: reading SpatialData needs a package: pip install 'stpath-engine[spatialdata]'"
         ) from error
     name = f"shapes/{element}/shapes.parquet"
     if name not in source.files.sizes:
-        raise InputError(f"{source.path}: no {name!r}; write it again with spatialdata 0.1 or newer")
+        raise FileError(f"{source.path}: no {name!r}; write it again with spatialdata 0.1 or newer")
     with reading(source.path, repr(name)), source.files.open(name) as stream:
         file = ParquetFile(stream)
         columns = set(file.schema_arrow.names)

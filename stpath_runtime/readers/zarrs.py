@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ..errors import InputError
+from ..errors import FileError
 from .checks import check_size, chunk_count, reading
 from .sources import KINDS, Source
 
@@ -110,7 +110,7 @@ class ZarrSource(Source):
     def _check_array(self, node: Any, what: str) -> None:
         # Objects are text: the metadata of the whole store was checked for the codec vlen-utf8.
         if node.dtype.kind not in f"{KINDS}O":
-            raise InputError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
+            raise FileError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
         pieces = [node.chunks, node.shards or node.chunks]
         chunks = max(chunk_count(node.shape, piece) for piece in pieces)
         largest = max(math.prod(sizes) for sizes in (node.shape, *pieces))
@@ -126,11 +126,11 @@ def _folder_files(path: Path) -> Files:
             for entry in os.scandir(path / folder):
                 name = folder + entry.name
                 if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(inside):
-                    raise InputError(f"{entry.path}: a link out of the zarr folder; copy the data into it")
+                    raise FileError(f"{entry.path}: a link out of the zarr folder; copy the data into it")
                 if entry.is_file():
                     sizes[name] = entry.stat().st_size
                 elif not entry.is_dir():
-                    raise InputError(f"{entry.path}: neither a file nor a folder; a zarr folder holds nothing else")
+                    raise FileError(f"{entry.path}: neither a file nor a folder; a zarr folder holds nothing else")
                 elif not entry.is_symlink():
                     folders.append(f"{name}/")
     return Files(sizes, lambda name: (path / name).open("rb"))
@@ -142,7 +142,7 @@ def _archive_files(archive: zipfile.ZipFile, path: Path) -> Files:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}
     for name in sizes:
         if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
-            raise InputError(f"{path}: the archive has an entry {name!r}, a name that leaves it; make it anew")
+            raise FileError(f"{path}: the archive has an entry {name!r}, a name that leaves it; make it anew")
     check_size(path, "the archive", sum(sizes.values()), 1, path.stat().st_size)
     return Files(sizes, archive.open)
 
@@ -153,7 +153,7 @@ def _check_metadata(files: Files, path: Path) -> None:
         if _last(name) not in (".zarray", ".zmetadata", "zarr.json"):
             continue
         if size > LARGEST_METADATA:
-            raise InputError(f"{path}: the metadata {name!r} is {size:,} bytes long; it is damaged: make it anew")
+            raise FileError(f"{path}: the metadata {name!r} is {size:,} bytes long; it is damaged: make it anew")
         with reading(path, repr(name)), files.open(name) as file:
             found = json.load(file)
             if not isinstance(found, dict):
@@ -170,13 +170,13 @@ def _check_node(node: Mapping[str, Any], where: str) -> None:
     given = [*(node.get("filters") or []), *(node.get("codecs") or []), node.get("compressor")]
     codecs = _codec_names([codec for codec in given if codec is not None])
     if refused := [name for name in codecs if name not in CODECS]:
-        raise InputError(
+        raise FileError(
             f"{where} names the codec {refused[0]!r}, which is not read (it may run code); write it again with "
             "blosc or zstd"
         )
     kind = node.get("dtype", "")
     if not isinstance(kind, str) or ("O" in kind and "vlen-utf8" not in codecs):
-        raise InputError(f"{where} stores objects of type {kind!r}, which are not read; write numbers or text")
+        raise FileError(f"{where} stores objects of type {kind!r}, which are not read; write numbers or text")
 
 
 def _codec_names(codecs: list[Any]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import EvaluationError
 from stpath_runtime.progress import OnTile
 from stpath_runtime.vocabulary import nearest_names
 from stpath_train.store import Store
@@ -90,7 +90,7 @@ def regions_of(
     known = sorted({str(value) for values in marked.values() for value in values} - {""})
     for value in positive:
         if value not in known:
-            raise InputError(
+            raise EvaluationError(
                 f"--positive {value}: no slide has it in column {column!r}{nearest_names(value, known)}; they hold "
                 f"{', '.join(known) or 'nothing'}"
             )
@@ -100,7 +100,7 @@ def regions_of(
         inside = np.isin(values[scored], list(positive)).astype(np.int64)
         if inside.all() or not inside.any():
             share = "every" if len(inside) and inside.all() else "no"
-            raise InputError(
+            raise EvaluationError(
                 f"slide {slide}: {share} marked spot is {' or '.join(map(repr, positive))} in column {column!r}; an "
                 "AUC needs spots inside and outside: give other values (--positive), or other slides (--slides)"
             )

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import EvaluationError
 from stpath_runtime.progress import OnTile
 from stpath_train.store import Record, Store
 
@@ -85,16 +85,18 @@ def require_labels(records: Sequence[Record], folds: int) -> list[str]:
         If a slide has no label, all have the same, or a label has fewer patients than there are folds.
     """
     if unlabelled := [record.slide for record in records if not record.label]:
-        raise InputError(f"slide {unlabelled[0]}: no label in slides.csv; label it, or leave it out (--slides)")
+        raise EvaluationError(f"slide {unlabelled[0]}: no label in slides.csv; label it, or leave it out (--slides)")
     labels = sorted({record.label for record in records})
     if len(labels) < 2:
-        raise InputError(f"all {len(records):,} slides have the label {labels[0]!r}; classification needs two or more")
+        raise EvaluationError(
+            f"all {len(records):,} slides have the label {labels[0]!r}; classification needs two or more"
+        )
     pairs = {(patient, record.label) for patient, record in zip(patients_of(records), records, strict=True)}
     patients = Counter(label for _, label in pairs)
     rarest = min(labels, key=lambda label: patients[label])
     if patients[rarest] < folds:
         held = "1 patient" if patients[rarest] == 1 else f"{patients[rarest]:,} patients"
-        raise InputError(
+        raise EvaluationError(
             f"label {rarest!r}: {held} for {folds} folds; each fold needs one: give fewer folds "
             "(--folds), or more slides"
         )
@@ -121,7 +123,7 @@ def cross_validate(
     splits = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(bags, classes, patients)
     for i, (train, test) in enumerate(splits):
         if len(np.unique(classes[train])) < n_classes:
-            raise InputError(
+            raise EvaluationError(
                 f"fold {i} takes all slides of a label, as of one patient; give more slides or fewer folds"
             )
         model = fit_mil([bags[j] for j in train], classes[train], n_classes, seed)

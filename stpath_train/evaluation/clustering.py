@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import EvaluationError
 from stpath_runtime.progress import OnTile
 from stpath_train.store import Store, open_slide
 
@@ -81,7 +81,7 @@ def evaluate_clustering(
     for slide in slides:
         require_genes(store, [slide], panels[slide])
         if len(panels[slide]) < 2:
-            raise InputError(f"slide {slide}: clustering needs two genes or more; give them with --genes")
+            raise EvaluationError(f"slide {slide}: clustering needs two genes or more; give them with --genes")
         require_regions(slide, regions, marked[slide])
     rows: list[Row] = []
     pictures: dict[str, Figure] = {}
@@ -94,7 +94,7 @@ def evaluate_clustering(
         }
         for kind, values in inputs.items():
             if not np.ptp(values, axis=0).any():
-                raise InputError(
+                raise EvaluationError(
                     f"slide {name}: nothing to cluster, as the {kind} values are the same at every spot; give other "
                     "genes (--genes), or leave the slide out (--slides)"
                 )
@@ -121,7 +121,7 @@ def require_regions(slide: str, column: str, marked: npt.NDArray[np.str_]) -> No
     found = sorted(set(marked) - {""})
     if len(found) < 2:
         held = f"only {str(found[0])!r}" if found else "nothing"
-        raise InputError(
+        raise EvaluationError(
             f"slide {slide}: column {column!r} holds {held}; scores need two regions or more: name another column "
             "(--regions), or other slides (--slides)"
         )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from stpath_runtime.context import Context
 from stpath_runtime.engine import Engine
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import FeaturesError, OptionError, VocabularyError
 from stpath_runtime.manifest import MANIFEST, ModelConfig, sha256
 from stpath_runtime.slide import Slide
 from stpath_runtime.vocabulary import GeneVocabulary
@@ -74,7 +74,7 @@ def open_predictor(engine: Path | None, checkpoint: Path | None, store: Store) -
         store.
     """
     if (engine is None) == (checkpoint is None):
-        raise InputError("give one model to evaluate: --engine ENGINE or --checkpoint CKPT")
+        raise OptionError("give one model to evaluate: --engine ENGINE or --checkpoint CKPT")
     from stpath_train.checkpoint import require_genes
 
     if engine is not None:
@@ -88,7 +88,7 @@ def open_predictor(engine: Path | None, checkpoint: Path | None, store: Store) -
     model = CheckpointPredictor(checkpoint, store.vocabulary)
     config = model.model.config
     if config.n_tokens != store.vocabulary.n_tokens:
-        raise InputError(
+        raise VocabularyError(
             f"{checkpoint}: a model of {config.n_tokens:,} gene tokens; the vocabulary of {store.path} has "
             f"{store.vocabulary.n_tokens:,}; give the store that the model was trained on, or one prepared as it was"
         )
@@ -105,7 +105,7 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
 
 def _require_features(model: ModelConfig, store: Store, name: Path) -> None:
     if model.n_features != store.n_features:
-        raise InputError(
+        raise FeaturesError(
             f"{name}: a model of features {model.n_features:,} wide; those of {store.path} are {store.n_features:,}; "
             "prepare the slides with the features that the model was trained on"
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import OutputError
 from stpath_runtime.output import require_writable, written_whole
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class Evaluation:
 def require_folder(out: Path) -> None:
     """Raise InputError, before the work, where the results cannot be written, or would stand beside other things."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: a file stands there; give a folder")
+        raise OutputError(f"--out {out}: a file stands there; give a folder")
     if out.exists() and any(out.iterdir()) and not (out / RESULTS).is_file():
-        raise InputError(f"--out {out}: the folder holds something else; give a new one, or one of earlier results")
+        raise OutputError(f"--out {out}: the folder holds something else; give a new one, or one of earlier results")
     require_writable(out / RESULTS)
 
 

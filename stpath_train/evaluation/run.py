@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import EvaluationError, OptionError
 from stpath_runtime.names import listed_names
 from stpath_runtime.progress import OnTile, progress_bar
 
@@ -108,25 +108,25 @@ def check(name: TaskName, choices: Choices) -> None:
     given = {field.name for field in fields(choices) if getattr(choices, field.name) not in (None, False)}
     if wrong := sorted(given - TAKES[name]):
         tasks = [task for task, takes in TAKES.items() if wrong[0] in takes]
-        raise InputError(f"{_option(wrong[0])} is no option of {name}; it is one of {', '.join(tasks)}")
+        raise OptionError(f"{_option(wrong[0])} is no option of {name}; it is one of {', '.join(tasks)}")
     if "benchmark" in given and (both := sorted(given & {"genes", "slides", "train_slides"})):
-        raise InputError(
+        raise OptionError(
             f"{_option(both[0])} beside --benchmark, which names the genes and the slides; give one of them"
         )
     if name in (TaskName.EXPRESSION, TaskName.IMPUTATION) and not given & {"benchmark", "genes"}:
-        raise InputError(f"{name} needs genes: give --benchmark NAME, or --genes A,B or a file of them")
+        raise OptionError(f"{name} needs genes: give --benchmark NAME, or --genes A,B or a file of them")
     if name is TaskName.BIOMARKERS and "genes" not in given:
-        raise InputError("biomarkers needs the markers: give --genes A,B or a file of them")
+        raise OptionError("biomarkers needs the markers: give --genes A,B or a file of them")
     if name is TaskName.CLUSTERING and "regions" not in given:
-        raise InputError("clustering needs the regions to score against: give --regions COLUMN, an obs column")
+        raise OptionError("clustering needs the regions to score against: give --regions COLUMN, an obs column")
     if name is TaskName.BIOMARKERS and len(given & {"regions", "positive"}) == 1:
-        raise InputError("--regions COLUMN and --positive VALUE name a region together; give both or neither")
+        raise OptionError("--regions COLUMN and --positive VALUE name a region together; give both or neither")
     if ("train_slides" in given) > choices.baselines:
-        raise InputError("--train-slides are what the baselines learn from; add --baselines, or leave it out")
+        raise OptionError("--train-slides are what the baselines learn from; add --baselines, or leave it out")
     if choices.baselines and not given & {"benchmark", "train_slides"}:
-        raise InputError("--baselines need slides to learn from: give --benchmark NAME or --train-slides A,B")
+        raise OptionError("--baselines need slides to learn from: give --benchmark NAME or --train-slides A,B")
     if choices.folds is not None and choices.folds < 2:
-        raise InputError(f"--folds {choices.folds}: cross-validation needs 2 folds or more")
+        raise OptionError(f"--folds {choices.folds}: cross-validation needs 2 folds or more")
 
 
 def benchmark_task(store: Store, choices: Choices, genes: list[str] | None) -> Task:
@@ -148,11 +148,13 @@ def benchmark_task(store: Store, choices: Choices, genes: list[str] | None) -> T
     named = f"task {choices.benchmark!r}" if choices.benchmark is not None else "--slides"
     for i, fold in enumerate(task.folds):
         if not fold["test"]:
-            raise InputError(f"{store.path}: fold {i} of {named} has no test slide; prepare the task again")
+            raise EvaluationError(f"{store.path}: fold {i} of {named} has no test slide; prepare the task again")
         if both := sorted(set(fold["train"]) & set(fold["test"])):
-            raise InputError(f"{store.path}: fold {i} of {named} has slide {both[0]!r} on both sides; keep it on one")
+            raise EvaluationError(
+                f"{store.path}: fold {i} of {named} has slide {both[0]!r} on both sides; keep it on one"
+            )
         if choices.baselines and not fold["train"]:
-            raise InputError(f"{store.path}: fold {i} of {named} has no training slide for --baselines")
+            raise EvaluationError(f"{store.path}: fold {i} of {named} has no training slide for --baselines")
     return task
 
 
@@ -165,7 +167,7 @@ def slides_of(store: Store, name: TaskName, choices: Choices, benchmark: Task | 
     if name is TaskName.CLASSIFICATION and choices.slides is None:
         labelled = [slide for slide, record in store.records.items() if record.label]
         if store.records and not labelled:
-            raise InputError(f"{store.path}: no slide has a label in slides.csv; classification needs labels")
+            raise EvaluationError(f"{store.path}: no slide has a label in slides.csv; classification needs labels")
         return labelled
     return _named_slides(store, choices)
 
@@ -183,11 +185,13 @@ def _require_apart(store: Store, train: Sequence[str], test: Sequence[str]) -> N
     """Raise InputError where a slide, or a patient, is both learned from and tested on."""
     store.require_slides(train)
     if both := sorted(set(train) & set(test)):
-        raise InputError(f"slide {both[0]!r} is among --train-slides and among the test slides; keep it on one side")
+        raise EvaluationError(
+            f"slide {both[0]!r} is among --train-slides and among the test slides; keep it on one side"
+        )
     patients = {store.records[slide].patient: slide for slide in train if store.records[slide].patient}
     for slide in test:
         if other := patients.get(store.records[slide].patient):
-            raise InputError(
+            raise EvaluationError(
                 f"slides {other!r} (training) and {slide!r} (test) are of one patient, "
                 f"{store.records[slide].patient!r}; keep a patient on one side"
             )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import EvaluationError
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slide import Slide
 from stpath_runtime.vocabulary import nearest_names
@@ -36,12 +36,12 @@ def read_each(store: Store, slides: Sequence[str], on_slide: OnTile | None) -> I
 def require_slides(store: Store, slides: Sequence[str], fewest: int = FEWEST_SPOTS) -> None:
     """Raise InputError where there is no slide, one is not of the store, or has too few spots."""
     if not slides:
-        raise InputError(f"{store.path}: no test slide; prepare some, or name them with --slides")
+        raise EvaluationError(f"{store.path}: no test slide; prepare some, or name them with --slides")
     store.require_slides(slides)
     for slide in slides:
         if store.records[slide].spots < fewest:
             spots = store.records[slide].spots
-            raise InputError(f"slide {slide}: {spots} spots, too few to evaluate; give slides of {fewest} or more")
+            raise EvaluationError(f"slide {slide}: {spots} spots, too few to evaluate; give slides of {fewest} or more")
 
 
 def require_genes(store: Store, slides: Sequence[str], genes: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ def require_genes(store: Store, slides: Sequence[str], genes: Sequence[str]) -> 
         missing = [gene for gene, there in zip(genes, found, strict=True) if not there]
         if missing:
             more = f" and {len(missing) - NAMED:,} more" if len(missing) > NAMED else ""
-            raise InputError(
+            raise EvaluationError(
                 f"slide {slide}: {len(missing):,} of {len(genes):,} genes were not measured on it: "
                 f"{', '.join(missing[:NAMED])}{more}; leave out those genes, or the slide (--slides)"
             )
@@ -88,7 +88,7 @@ def marks(store: Store, slide: str, column: str) -> npt.NDArray[np.str_]:
         obs = read_elem(file["obs"])
     if column not in obs:
         held = f"it has {', '.join(map(str, obs.columns))}" if len(obs.columns) else "it has none"
-        raise InputError(
+        raise EvaluationError(
             f"slide {slide}: no obs column {column!r}{nearest_names(column, map(str, obs.columns))}; {held}; name "
             "another (--regions), or the slides that have it (--slides)"
         )

@@ -42,7 +42,7 @@ def assert_refused(result, *words):
     code, out, err = result
     assert code == 2, err
     assert out == ""
-    assert err.startswith("error: ")
+    assert err.startswith("error[")
     assert err.count("\n") == 1, err
     for word in words:
         assert str(word) in err

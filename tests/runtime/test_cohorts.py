@@ -173,8 +173,10 @@ def test_a_failing_slide_stops_no_other(run, cohort, tmp_path):
     assert code == 1
     assert "2 done" in out
     assert "5 failed" in out
-    failures = {Path(row["slide"]).name: row["reason"] for row in rows(tmp_path / "out" / "failures.csv")}
-    assert set(failures) == {"S0.h5", "S3.h5", "S4.h5", "missing.h5", "S5.h5"}
+    table = rows(tmp_path / "out" / "failures.csv")
+    codes = {"S0.h5": "file", "S3.h5": "features", "S4.h5": "slide", "missing.h5": "file", "S5.h5": "file"}
+    assert {Path(row["slide"]).name: row["code"] for row in table} == codes
+    failures = {Path(row["slide"]).name: row["reason"] for row in table}
     assert "not an HDF5 file" in failures["S0.h5"]
     assert "2 wide" in failures["S3.h5"]
     assert "gives NaN or infinity at" in failures["S4.h5"]
@@ -190,7 +192,7 @@ def test_an_unforeseen_fault_fails_one_slide(run, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "read_slide", lambda path, **k: 1 / 0 if path.name == "S2.h5" else read(path, **k))
     assert run()[0] == 1
     (failure,) = rows(tmp_path / "out" / "failures.csv")
-    assert failure["reason"] == "ZeroDivisionError: division by zero"
+    assert (failure["code"], failure["reason"]) == ("fault", "ZeroDivisionError: division by zero")
 
 
 def test_warnings_are_told_of_the_slide_that_they_are_of(run, cohort, tmp_path):
@@ -224,7 +226,7 @@ def test_a_second_run_in_the_folder_is_refused(run, tmp_path):
     with FileLock(tmp_path / "out" / LOCK):
         code, _, err = run()
     assert code == 2
-    assert err == f"error: --out {tmp_path}/out: another run is at work in this folder; wait for it to end\n"
+    assert err == f"error[output]: --out {tmp_path}/out: another run is at work in this folder; wait for it to end\n"
     assert run()[0] == 0
 
 
@@ -321,7 +323,7 @@ sys.exit(main(sys.argv[1:]))
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=60)
     assert started.returncode == 130
-    assert err.splitlines()[-1] == "error: interrupted; nothing half-written is left"
+    assert err.splitlines()[-1] == "error[interrupted]: interrupted; nothing half-written is left"
     assert not list((tmp_path / "out").glob(".*.partial"))
     there = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.h5ad")}
     assert 0 < len(there) < len(SIZES)

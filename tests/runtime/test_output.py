@@ -176,7 +176,7 @@ def test_a_full_disk_or_a_kill_leaves_what_was_there(trouble, form, slide_file, 
     done = run_with(trouble, *words)
     if trouble == FULL:
         assert done.returncode == 2
-        assert done.stderr.startswith(f"error: {path}: cannot be written"), done.stderr
+        assert done.stderr.startswith(f"error[output]: {path}: cannot be written"), done.stderr
         assert done.stderr.count("\n") == 1
         assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     else:

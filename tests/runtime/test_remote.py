@@ -77,7 +77,7 @@ def test_messages_name_the_url_and_not_the_copy(place, tiny, tiny_engine, tmp_pa
     assert main([*map(str, words)]) == 1
     err = capsys.readouterr().err
     assert f"warning: {url}/in/s.h5: context of {url}/in/s.h5: 100% of the counts" in err
-    assert f"failed: {url}/in/bad.h5: not an HDF5 file" in err
+    assert f"failed[file]: {url}/in/bad.h5: not an HDF5 file" in err
     assert "stpath-" not in err
 
 
@@ -92,7 +92,7 @@ def test_a_place_that_is_not_writable_is_found_before_the_work(place, tiny, tiny
     write_slide(tiny.slides()[0][1], tmp_path / "in" / "s.h5")
     words = ["run", tmp_path / "in", "--engine", tiny_engine, "--out", f"{url}/out", "--genes", "GENE1"]
     assert main([*map(str, words)]) == 2
-    message = f"error: {url}/out/summary.csv: cannot be written (PermissionError: access denied)\n"
+    message = f"error[remote]: {url}/out/summary.csv: cannot be written (PermissionError: access denied)\n"
     assert capsys.readouterr().err == message
 
 

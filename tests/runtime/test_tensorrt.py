@@ -5,7 +5,6 @@ No test runs a kernel: the last step, `execute_async_v3`, is ONNX Runtime here, 
 
 from __future__ import annotations
 
-import ctypes
 import json
 import shutil
 import signal
@@ -22,6 +21,7 @@ import onnxruntime
 import pytest
 import tensorrt_rtx as trt
 from cuda.bindings import runtime as cudart
+from host_gpu import HostGpu
 
 from helpers import load_golden, write_symbol_table
 from stpath_export.exporter import export_engine
@@ -42,59 +42,7 @@ from stpath_train.checkpoint import save_checkpoint
 
 SM_89 = f"tensorrt_rtx-{trt.__version__}-sm_89"
 STAGES = ["tokens", "embed", "block_1", "block_2", "block_3", "knn_block_1", "knn_block_2", "knn_block_3", "head"]
-OK = cudart.cudaError_t.cudaSuccess
 RTX = ("--backend", "tensorrt_rtx")
-
-
-class HostGpu:
-    """CUDA's runtime for one GPU, whose memory is the host's and whose work waits until the stream is synchronised."""
-
-    cudaError_t, cudaMemcpyKind = cudart.cudaError_t, cudart.cudaMemcpyKind
-
-    def __init__(self, capability=(8, 9), size=1 << 30):
-        self.capability, self.size = capability, size
-        self.memory, self.queue, self.asked = {}, [], []
-
-    def cudaGetDeviceCount(self):
-        return OK, 1
-
-    def cudaSetDevice(self, index):
-        return (OK,)
-
-    def cudaGetDeviceProperties(self, index):
-        major, minor = self.capability
-        return OK, SimpleNamespace(major=major, minor=minor, name=b"NVIDIA Made Up")
-
-    def cudaStreamCreate(self):
-        return OK, 7
-
-    def cudaMemGetInfo(self):
-        return OK, self.size - sum(len(held) for held in self.memory.values()), self.size
-
-    def cudaMalloc(self, size):
-        assert size > 0
-        self.asked.append(size)
-        if size > self.cudaMemGetInfo()[1]:
-            return cudart.cudaError_t.cudaErrorMemoryAllocation, None
-        held = (ctypes.c_char * size)()
-        self.memory[ctypes.addressof(held)] = held
-        return OK, ctypes.addressof(held)
-
-    def cudaFree(self, address):
-        self.cudaStreamSynchronize(7)
-        del self.memory[address]
-        return (OK,)
-
-    def cudaMemcpyAsync(self, to, source, size, kind, stream):
-        device = to if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else source
-        assert size <= len(self.memory[device])
-        self.queue.append(lambda: ctypes.memmove(to, source, size))
-        return (OK,)
-
-    def cudaStreamSynchronize(self, stream):
-        while self.queue:
-            self.queue.pop(0)()
-        return (OK,)
 
 
 class OnnxRuntimePlan:
@@ -137,7 +85,7 @@ class OnnxRuntimePlan:
         return 4096
 
     def set_device_memory(self, memory, size):
-        assert len(self.gpu.memory[memory]) >= size
+        self.gpu.require_held(memory, size)
 
     def execute_async_v3(self, stream):
         self.gpu.queue.append(self._execute)
@@ -150,10 +98,7 @@ class OnnxRuntimePlan:
             self._at(name, values.shape)[:] = values
 
     def _at(self, name, shape):
-        dtype = np.dtype(self._dtype(name))
-        size = int(np.prod(shape)) * dtype.itemsize
-        held = self.gpu.memory[self.addresses[name]]
-        return np.frombuffer(held, dtype, size // dtype.itemsize).reshape(shape)
+        return self.gpu.array(self.addresses[name], shape, self._dtype(name))
 
     def _dtype(self, name):
         return trt.nptype(self.get_tensor_dtype(name))
@@ -462,7 +407,7 @@ def test_plans_run_slides(tiny, built, gpu, how):
         np.testing.assert_allclose(found.X, reference.predict(slide, context=context, **how).X, rtol=0, atol=1e-5)
     assert (found.uns["stpath"]["backend"], found.uns["stpath"]["device"]) == ("tensorrt_rtx", "cuda:0")
     assert not gpu.queue
-    assert engine.backend.available_memory() == gpu.cudaMemGetInfo()[1]
+    assert engine.backend.available_memory() == gpu.size  # what is held is used again
     asked = len(gpu.asked)
     engine.predict(a_slide(tiny, 1_400, seed=1), context=context, **how)
     assert len(gpu.asked) - asked <= 1  # a union of kNN keys may be larger
@@ -496,6 +441,12 @@ def test_what_is_called_is_in_tensorrt():
         ("cudaMemGetInfo", (), 2),
         ("cudaMalloc", (16,), 1),
         ("cudaFree", (0,), 0),
+        ("cudaHostAlloc", (16, 0), 1),
+        ("cudaFreeHost", (0,), 0),
+        ("cudaMemsetAsync", (0, 0, 0, 0), 0),
+        ("cudaEventCreateWithFlags", (cudart.cudaEventDisableTiming,), 1),
+        ("cudaEventRecord", (0, 0), 0),
+        ("cudaEventSynchronize", (0,), 0),
         ("cudaMemcpyAsync", (0, 0, 0, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice, 0), 0),
         ("cudaStreamSynchronize", (0,), 0),
     ],
@@ -600,8 +551,8 @@ def test_shapes_out_of_range_are_refused(tiny, built, gpu):
     with pytest.raises(InputError) as caught:
         engine.embed(a_slide(tiny, 2_100))
     assert str(caught.value) == (
-        "block_1: k of shape [2100, 64], and the plan was built for [1, 64] to [2048, 64], slides up to 2,000 spots; "
-        f"run: stpath build {built} --backend tensorrt_rtx --device cuda:0 --max-spots 2100"
+        "block_1: k of shape [2104, 64], and the plan was built for [1, 64] to [2048, 64], slides up to 2,000 spots; "
+        f"run: stpath build {built} --backend tensorrt_rtx --device cuda:0 --max-spots 2104"
     )
 
 
@@ -656,7 +607,7 @@ def test_builds_that_cannot_be_are_refused(built, stpath, monkeypatch, words, to
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     code, out, err = stpath("build", built, *words)
     assert (code, out) == (2, "")
-    assert err.startswith("error: ")
+    assert err.startswith("error[")
     assert err.count("\n") == 1
     assert told in err
 

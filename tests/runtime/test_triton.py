@@ -141,7 +141,7 @@ def assert_refused(capsys, words, *expected):
     assert main(["triton", *map(str, words)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ")
+    assert err.startswith("error[")
     assert err.count("\n") == 1, err
     for word in expected:
         assert str(word) in err

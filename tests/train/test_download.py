@@ -116,7 +116,7 @@ def test_errors_of_the_hub_are_a_line_on_what_to_do(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
-    assert line.startswith("error: MahmoodLab/hest: ")
+    assert line.startswith("error[download]: MahmoodLab/hest: ")
     assert message in line
 
 

@@ -278,4 +278,4 @@ def test_the_command(tmp_path, weights, capsys):
     assert capsys.readouterr().out == "".join(f"{tmp_path / 'out' / name}.h5: 3 spots, 96 features\n" for name in "ab")
     assert len(read_slide(tmp_path / "out" / "b.h5")) == 3
     assert main(["features", *patches, *arguments, "--device", "cuda"]) == 2
-    assert capsys.readouterr().err.startswith("error: unknown device 'cuda'")
+    assert capsys.readouterr().err.startswith("error[device]: unknown device 'cuda'")

@@ -277,10 +277,10 @@ def test_highly_variable_genes_of_the_file_come_first(tmp_path, run):
 def test_units_are_checked(tmp_path, run):
     tables = write_hest(tmp_path / "hest")
     logged = write_h5ad(np.log1p(tables["INT1"]), tmp_path / "hest" / "st" / "INT1.h5ad")
-    assert "no whole numbers" in run().failed["INT1"]
+    assert "no whole numbers" in run().failed["INT1"].reason
     summary = run(counts="log1p")
     assert set(summary.failed) == {"TENX2", "MEND3"}
-    assert "leave out --counts log1p" in summary.failed["TENX2"]
+    assert "leave out --counts log1p" in summary.failed["TENX2"].reason
     store = Store.open(tmp_path / "store")
     assert store.records["INT1"].counts == "log1p"
     read = anndata.read_h5ad(logged)
@@ -315,9 +315,10 @@ def test_a_slide_that_fails_stops_no_other(tmp_path, run):
     assert set(Store.open(tmp_path / "store").records) == set(HEST_SLIDES)
     assert set(summary.failed) == {f"z{name}" for name in faults}
     for name, (_, message) in faults.items():
-        assert message in summary.failed[f"z{name}"], name
-    written = pd.read_csv(tmp_path / "store" / "failures.csv", index_col="slide")["reason"]
-    assert written.to_dict() == summary.failed
+        assert message in summary.failed[f"z{name}"].reason, name
+    assert summary.failed["zwide"].code == "features"
+    written = pd.read_csv(tmp_path / "store" / "failures.csv", index_col="slide")
+    assert {slide: tuple(row) for slide, row in zip(written.index, written.to_numpy(), strict=True)} == summary.failed
     for name in faults:  # what is mended, or gone, is no failure of the next run
         (folder / "st" / f"z{name}.h5ad").unlink()
     write_h5ad(tables["INT1"], folder / "st" / "zzero.h5ad")
@@ -396,7 +397,7 @@ def test_tasks_of_hest_bench(tmp_path, run):
     write_bench(tmp_path / "hest-bench")
     (tmp_path / "hest-bench" / "features" / "MEND3.h5").rename(tmp_path / "away.h5")
     failed = run("hest-bench").failed
-    assert failed["KIDNEY"] == "the task is left out: it needs MEND3, not in the store"
+    assert failed["KIDNEY"].reason == "the task is left out: it needs MEND3, not in the store"
     (tmp_path / "away.h5").rename(tmp_path / "hest-bench" / "features" / "MEND3.h5")
     assert not run("hest-bench").failed
     assert not (tmp_path / "store" / "failures.csv").exists()
@@ -488,7 +489,7 @@ def test_the_command(tmp_path, genes, capsys):
     (features / "INT1.h5").unlink()
     assert main(["data", "prepare", str(tmp_path / "hest"), *arguments]) == 1
     failed, closing = capsys.readouterr().err.splitlines()
-    assert failed == f"failed: INT1: no features: {features / 'INT1.h5'} is missing"
+    assert failed == f"failed[data]: INT1: no features: {features / 'INT1.h5'} is missing"
     assert closing == f"1 failed, see {store / 'failures.csv'}"
     (features / "TENX2.h5").unlink()
     assert main(["data", "prepare", str(tmp_path / "hest"), *arguments]) == 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers import an_adata, made_up_vocabulary
 from stpath_runtime.errors import InputError
-from stpath_train.store import Record, Store, Task, highly_variable, measured, open_slide
+from stpath_train.store import Failure, Record, Store, Task, highly_variable, measured, open_slide
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_tasks_and_failures_are_kept(store):
     task = Task(["GENE1"], [{"train": ["A"], "test": ["B"]}])
     store.add_task("IDC", task)
     assert store.task("IDC") == task
-    store.write_failures({"C": "no gene"})
-    assert (store.path / "failures.csv").read_text() == "slide,reason\nC,no gene\n"
+    store.write_failures({"C": Failure("gene", "no gene")})
+    assert (store.path / "failures.csv").read_text() == "slide,code,reason\nC,gene,no gene\n"
     store.write_failures({})
     assert not (store.path / "failures.csv").exists()

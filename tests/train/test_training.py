@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helpers import a_store, an_adata, made_up_vocabulary, relative_l2
-from stpath_runtime.errors import InputError
+from stpath_runtime.errors import InputError, StoreError
 from stpath_runtime.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
 from stpath_train.config import Data, Masking, TrainConfig
@@ -223,8 +223,8 @@ def test_a_fault_of_a_loading_process_is_one_line_and_the_run_goes_on(configured
     path.write_text(path.read_text().replace("workers: 0", "workers: 1"))
     read = windows.nearest_spots
     for fault, message in (
-        (InputError("slide S0: damaged"), "error: slide S0: damaged"),
-        (None, "error: a process that loads windows was killed, as where memory is short; run again with fewer data."),
+        (StoreError("slide S0: damaged"), "error[store]: slide S0: damaged"),
+        (None, "error[memory]: a process that loads windows was killed, as where memory is short; run again with"),
     ):
 
         def fail(*_, fault=fault):
@@ -347,7 +347,7 @@ def test_ctrl_c_ends_a_run_that_goes_on_later(configured, tmp_path):
     while not list((tmp_path / "run").glob("checkpoints/last-epoch=1*")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert "error: interrupted" in process.communicate(timeout=60)[0]
+    assert "error[interrupted]: interrupted" in process.communicate(timeout=60)[0]
     assert process.returncode == 130
     done = len(pd.read_csv(tmp_path / "run" / "history.csv"))
     assert len(run(configured(run=f"epochs: {done + 2}"))[0]) == done + 2

@@ -228,7 +228,7 @@ def assert_refused(result, *words):
     code, out, err, folder = result
     assert code == 2, err
     assert out == ""
-    assert err.startswith("error: ")
+    assert err.startswith("error[")
     assert err.count("\n") == 1, err
     assert not folder.exists()
     for word in words:
