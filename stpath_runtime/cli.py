@@ -1,6 +1,7 @@
 """The command `stpath`.
 
-Exit codes: 0 done, 1 a fault of this program, 2 the input or the call is at fault, 3 parity failed.
+Exit codes: 0 done, 1 a fault of this program, 2 the input or the call is at fault, 3 parity failed, 4 `bench compare`
+found a regression.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
+from .bench.cli import bench
 from .commands import COMMANDS
 from .errors import INTERRUPTED, InputError, InputWarning, OptionError, ParityError, code_of
 
@@ -46,12 +48,13 @@ def _options(
 
 for command in COMMANDS:
     app.command()(command)
+app.add_typer(bench, name="bench")
 
 
 def _is_own(given: Sequence[str]) -> bool:
     """Whether a command of the runtime is asked for, which needs none of the other packages."""
     asked = next((word for word in given if not word.startswith("-")), None)
-    return asked in {command.__name__ for command in COMMANDS}
+    return asked == "bench" or asked in {command.__name__ for command in COMMANDS}
 
 
 @cache

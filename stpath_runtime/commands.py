@@ -248,7 +248,7 @@ def fidelity(
 
     _require_png(out)
     require_matplotlib()
-    counts = _whole_numbers(neighbors)
+    counts = whole_numbers(neighbors, "--neighbors", "8,16,32")
     size = parse_bytes(memory) if memory is not None else None
     loaded = Engine.load(
         engine, backend=chosen_backend(engine, backend, device, precision), device=device, precision=precision
@@ -377,11 +377,11 @@ def _require_png(out: Path) -> None:
     require_writable(out)
 
 
-def _whole_numbers(text: str) -> list[int]:
-    """Numbers from '8,16,32', each above 0."""
+def whole_numbers(text: str, option: str, example: str) -> list[int]:
+    """Distinct numbers from a text such as '8,16,32', each above 0, sorted."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise OptionError(f"--neighbors {text}: give whole numbers from 1, such as 8,16,32")
+        raise OptionError(f"{option} {text}: give whole numbers from 1, such as {example}")
     return sorted({int(word) for word in words})
 
 

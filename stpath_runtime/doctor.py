@@ -58,7 +58,7 @@ def examine(engine: Path | None) -> None:
     if engine is not None:
         Manifest.read(engine).check_files(engine)
     gpus = nvidia_gpus()
-    faults = {way: _fault(way, gpus, engine) for way in WAYS}
+    faults = {way: fault_of(way, gpus, engine) for way in WAYS}
     differs = compare(engine, [way for way in WAYS if faults[way] is None]) if engine is not None else {}
     _print(gpus, faults, differs, engine)
     if (fault := faults[DEFAULT]) is not None:
@@ -119,7 +119,7 @@ def _expressions(engine: Path, way: Way) -> list[np.ndarray]:
     return [loaded.decode(embedding) for embedding in embeddings]
 
 
-def _fault(way: Way, gpus: list[str], engine: Path | None) -> str | None:
+def fault_of(way: Way, gpus: list[str], engine: Path | None) -> str | None:
     """Why a way does not work here; None where it does."""
     if way.device != "cpu" and not gpus:
         missing = "" if installed(way.package) else f", and {way.package} is not installed"
@@ -137,20 +137,17 @@ def _fault(way: Way, gpus: list[str], engine: Path | None) -> str | None:
 
 def _openers() -> dict[str, Callable[[Way], object]]:
     """What each backend can check without an engine."""
-    from .backends.onnxruntime import OnnxRuntimeBackend
-    from .backends.openvino import OpenVinoBackend
+    from .backends import open_backend
     from .cuda import Gpu
     from .plans import import_tensorrt
 
     def tensorrt(way: Way) -> object:
         return import_tensorrt(way.backend), Gpu(way.device)
 
-    return {
-        "onnxruntime": lambda way: OnnxRuntimeBackend(Path(), way.device),
-        "openvino": lambda way: OpenVinoBackend(Path(), way.device, way.precision or "fp32"),
-        "tensorrt": tensorrt,
-        "tensorrt_rtx": tensorrt,
-    }
+    def graphs(way: Way) -> object:
+        return open_backend(way.backend, Path(), way.device, precision=way.precision)
+
+    return {"onnxruntime": graphs, "openvino": graphs, "tensorrt": tensorrt, "tensorrt_rtx": tensorrt}
 
 
 def _print(

@@ -1,4 +1,4 @@
-"""How much memory a device has to give."""
+"""How much memory a device has to give, and how much this process took."""
 
 from __future__ import annotations
 
@@ -21,7 +21,22 @@ def available_on_host() -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
         found.append(int(text) - int(used.read_text()))
-    return min(found) if found else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(found) if found else memory_of_host()
+
+
+def memory_of_host() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_of_process(field: str = "VmHWM") -> int:
+    """Bytes that this process takes of the machine's memory ("VmRSS") or took at the most ("VmHWM").
+
+    Not ru_maxrss: a child's starts at what its parent held when it forked.
+    """
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, f"Linux tells {field} of every process"
+    return int(match[1]) * 1024
 
 
 def available_on_gpu(index: str) -> int:

@@ -141,6 +141,25 @@ class Slide:
         return normalized
 
 
+def random_slide(
+    spots: int,
+    n_features: int,
+    seed: int,
+    organ: str | None = None,
+    technology: str | None = None,
+    dtype: npt.DTypeLike = np.float32,
+) -> Slide:
+    """A slide of random features on a hexagonal grid: for proofs and benchmarks, never for biology."""
+    rng = np.random.default_rng(seed)
+    row, column = np.divmod(np.arange(spots), int(np.ceil(np.sqrt(spots))))
+    coords = np.stack([200 * column + 100 * (row % 2), 173 * row], axis=1)
+    features = np.empty((spots, n_features), dtype)
+    for start in range(0, spots, 8_192):  # in parts: what making it takes must not show in a peak of memory
+        part = features[start : start + 8_192]
+        part[:] = rng.standard_normal(part.shape, np.float32)
+    return Slide(coords, features, organ=organ, technology=technology, name=f"random slide of {spots} spots")
+
+
 def text(name: object, of: str) -> str:
     """Return a name of a spot or gene as text; bytes are decoded.
 
