@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +15,8 @@ import torch
 from filelock import FileLock
 
 from helpers import GOLDEN_CASES, Golden, load_golden, write_symbol_table
-from stpath_export.exporter import export_engine
-from stpath_train.checkpoint import save_checkpoint
+from stpath_export.exporter import export_engine, write_engine
+from stpath_train.checkpoint import seeded_checkpoint
 
 # timm and torchvision are where the Makefile puts them. torchvision's wheels on the package index are built for CUDA:
 # beside a PyTorch for the CPU they load only if the operators that they lack are declared.
@@ -69,21 +70,59 @@ def tiny_genes(tiny, made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_engine(made_once) -> Path:
-    """An engine directory of the tiny model with context, fp32, proven."""
-    return _golden_engine(load_golden("tiny_context"), made_once)
+def one_layer_checkpoint(tiny, made_once) -> Path:
+    """The tiny model with one layer alone: for tests of what an export does, half of whose time the layers take."""
+
+    def fill(folder: Path) -> None:
+        model = seeded_checkpoint(dataclasses.replace(tiny.model.config, n_layers=1), 0)
+        torch.save(model.state_dict(), folder / "one_layer.pth")
+
+    return made_once("one_layer_checkpoint", fill) / "one_layer.pth"
 
 
 @pytest.fixture(scope="session")
-def golden_engine(golden, made_once) -> Path:
-    """An engine directory of a golden case's model, fp32, proven."""
-    return _golden_engine(golden, made_once)
+def tiny_engine(tiny, tiny_checkpoint, tiny_genes, made_once) -> Path:
+    """An engine directory of the tiny model with context, fp32, proven."""
+    return made_once("tiny_engine", lambda f: export_engine(tiny_checkpoint, f / "engine", tiny_genes)) / "engine"
 
 
-def _golden_engine(golden: Golden, made_once) -> Path:
+@pytest.fixture(scope="session")
+def tiny_fp16_engine(tiny_checkpoint, tiny_genes, made_once) -> Path:
+    """The same in fp16, proven."""
+
     def fill(folder: Path) -> None:
-        save_checkpoint(golden.model, folder / "model.safetensors")
-        genes = write_symbol_table(golden.vocabulary, folder / "symbol2ensembl.json")
-        export_engine(folder / "model.safetensors", folder / "engine", genes)
+        export_engine(tiny_checkpoint, folder / "engine", tiny_genes, "fp16")
+
+    return made_once("tiny_context_fp16", fill) / "engine"
+
+
+@pytest.fixture(scope="session")
+def golden_engine(golden, tiny, tiny_engine, made_once) -> Path:
+    """An engine directory of a golden case's model, fp32; not proven, as the tests hold it to the published outputs."""
+    if golden.name == tiny.name:
+        return tiny_engine
+
+    def fill(folder: Path) -> None:
+        (folder / "engine").mkdir()
+        source = {"name": f"{golden.name}.pth", "sha256": "0" * 64}
+        write_engine(golden.model, golden.vocabulary, folder / "engine", "fp32", source)
 
     return made_once(golden.name, fill) / "engine"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exporter_untraced() -> Iterator[None]:
+    """Coverage would follow every call in PyTorch's exporter, and an export would take twice as long."""
+    export = torch.onnx.export
+
+    def untraced(*args, **kwargs):
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return export(*args, **kwargs)
+        finally:
+            sys.settrace(trace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", untraced)
+        yield

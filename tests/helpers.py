@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pandas as pd
 from anndata import AnnData
 
 from stpath_runtime.context import Context
-from stpath_runtime.manifest import ModelConfig
+from stpath_runtime.manifest import Manifest, ModelConfig
 from stpath_runtime.slide import Slide
 from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
@@ -132,6 +134,20 @@ def an_adata(vocabulary, spots: int = 130, genes: int = 12, features: int = 6, s
     adata.obsm["features"][:, 0] = np.arange(spots)
     adata.var["highly_variable"] = highly_variable(adata, 4, adata.X.log1p())
     return adata
+
+
+def copy_with_knn(engine: Path, to: Path) -> Path:
+    """A copy of an engine whose model was trained to attend to 8 neighbours, it says: its graphs are the same."""
+    shutil.copytree(engine, to)
+    manifest = Manifest.read(to)
+    model = dataclasses.replace(manifest.model, attention="knn", neighbors=8)
+    dataclasses.replace(manifest, model=model).write(to)
+    return to
+
+
+def texts(*words: str | bytes) -> np.ndarray:
+    """Strings as Triton takes and gives them: bytes in an array of objects."""
+    return np.array([word.encode() if isinstance(word, str) else word for word in words], dtype=object)
 
 
 def a_store(path: Path, slides: int = 4, spots: int = 130) -> Store:

@@ -71,17 +71,16 @@ def test_graphs_are_clean(tiny_engine, name):
         assert sizes
 
 
-def test_half_precision_engine(tiny, tiny_checkpoint, tiny_genes, tmp_path):
-    report = export_engine(tiny_checkpoint, tmp_path / "e", tiny_genes, "fp16")
-    assert report["passed"]
-    engine = Engine.load(tmp_path / "e")
+def test_half_precision_engine(tiny, tiny_fp16_engine):
+    engine = Engine.load(tiny_fp16_engine)
+    assert engine.manifest.parity["passed"]
     _, slide, context = tiny.slides()[0]
     adata = engine.predict(slide, genes=tiny.genes, context=context)
     assert adata.X.dtype == np.float32
     assert adata.uns["stpath"]["precision"] == "fp16"
     assert 1e-5 < relative_l2(adata.X, tiny.prediction) < 5e-3
     float32 = sum(p.numel() for p in tiny.model.parameters()) * 4
-    assert (tmp_path / "e" / "weights.bin").stat().st_size < 0.6 * float32
+    assert (tiny_fp16_engine / "weights.bin").stat().st_size < 0.6 * float32
 
 
 def test_a_trained_model_goes_straight_into_an_engine_that_attends_as_it_was_trained(tmp_path):

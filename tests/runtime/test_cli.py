@@ -18,6 +18,7 @@ import torch
 
 from helpers import made_up_vocabulary, relative_l2, write_context, write_slide, write_symbol_table
 from stpath_runtime.cli import main
+from stpath_train.checkpoint import load_checkpoint
 
 
 @pytest.fixture
@@ -276,23 +277,24 @@ def test_info_is_for_people(tiny_engine, stpath):
         assert words in out
 
 
-def test_export_verify_and_their_faults(tiny, tiny_checkpoint, tiny_genes, slide_file, stpath, tmp_path):
+def test_export_verify_and_their_faults(one_layer_checkpoint, tiny_genes, slide_file, stpath, tmp_path):
+    checkpoint = one_layer_checkpoint
     engine = tmp_path / "engine"
-    code, out, err = stpath("export", tiny_checkpoint, "--out", engine, "--genes", tiny_genes)
+    code, out, err = stpath("export", checkpoint, "--out", engine, "--genes", tiny_genes)
     assert (code, err) == (0, "")
     assert "58 comparisons with float64 passed" in out
-    code, out, err = stpath("verify", engine, "--checkpoint", tiny_checkpoint, "--slide", slide_file)
+    code, out, err = stpath("verify", engine, "--checkpoint", checkpoint, "--slide", slide_file)
     assert (code, err) == (0, "")
     assert "passed" in out
     assert "s1.h5" in out
 
-    assert_refused(stpath("export", tiny_checkpoint, "--out", engine, "--genes", tiny_genes), "exists already")
+    assert_refused(stpath("export", checkpoint, "--out", engine, "--genes", tiny_genes), "exists already")
     new = tmp_path / "new"
     assert_refused(stpath("export", tmp_path / "missing.pth", "--out", new), "no such checkpoint")
-    assert_refused(stpath("export", tiny_checkpoint, "--out", new), "202 gene tokens", "38,984", "--genes")
-    assert_refused(stpath("export", tiny_checkpoint, "--out", new, "--precision", "int8"), "int8")
+    assert_refused(stpath("export", checkpoint, "--out", new), "202 gene tokens", "38,984", "--genes")
+    assert_refused(stpath("export", checkpoint, "--out", new, "--precision", "int8"), "int8")
     short = write_symbol_table(made_up_vocabulary(100), tmp_path / "short.json")
-    assert_refused(stpath("export", tiny_checkpoint, "--out", new, "--genes", short), "202 gene tokens", "100")
+    assert_refused(stpath("export", checkpoint, "--out", new, "--genes", short), "202 gene tokens", "100")
     pickle = tmp_path / "p.pth"
     torch.save({"a": Ellipsis, "b": print}, pickle)
     refused = stpath("export", pickle, "--out", new)
@@ -300,7 +302,7 @@ def test_export_verify_and_their_faults(tiny, tiny_checkpoint, tiny_genes, slide
     assert "weights_only" not in refused[2]
     assert not new.exists()
 
-    other = {key: value + 0.01 for key, value in tiny.model.state_dict().items()}
+    other = {key: value + 0.01 for key, value in load_checkpoint(checkpoint).state_dict().items()}
     torch.save(other, tmp_path / "other.pth")
     code, _, err = stpath("verify", engine, "--checkpoint", tmp_path / "other.pth")
     assert code == 3

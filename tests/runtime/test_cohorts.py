@@ -343,10 +343,11 @@ def test_slides_that_nobody_waits_for_are_dropped(cohort, engine, tiny_engine, t
     assert all(anndata.read_h5ad(path).n_vars == 1 for path in written)
 
 
-def test_kill_at_50_random_moments(cohort, tiny_engine, tmp_path):
+@pytest.mark.parametrize("kills", [10, pytest.param(50, marks=pytest.mark.soak)])
+def test_kill_at_random_moments(cohort, tiny_engine, tmp_path, kills):
     """After each kill every result is whole; a last run adds what is missing, and writes nothing twice."""
     script = Path(__file__).parent / "kill_rounds.py"
-    words = [sys.executable, script, cohort / "manifest.csv", tiny_engine, tmp_path / "out", 50]
+    words = [sys.executable, script, cohort / "manifest.csv", tiny_engine, tmp_path / "out", kills]
     done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "50 kills" in done.stdout
+    assert f"{kills} kills" in done.stdout

@@ -11,17 +11,12 @@ from helpers import made_up_vocabulary, relative_l2, write_symbol_table
 from stpath_runtime import Engine, InputError
 from stpath_runtime.compat import STPathInference
 from stpath_runtime.errors import InputWarning
+from stpath_runtime.manifest import sha256
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint, tmp_path_factory):
-    """A checkpoint alone in its folder, as a user has it."""
-    return shutil.copy(tiny_checkpoint, tmp_path_factory.mktemp("compat") / "stfm.pth")
-
-
-@pytest.fixture(scope="module")
-def agent(checkpoint, tiny_genes):
-    return STPathInference(gene_voc_path=str(tiny_genes), model_weight_path=str(checkpoint), device="cpu")
+def agent(tiny_engine, tiny_genes):
+    return STPathInference(gene_voc_path=str(tiny_genes), model_weight_path=str(tiny_engine), device="cpu")
 
 
 def test_inference_gives_the_published_outputs(agent, tiny):
@@ -41,11 +36,16 @@ def test_inference_gives_the_published_outputs(agent, tiny):
     np.testing.assert_allclose(adata.obsm["coordinates"], a["normalized_coords"], atol=1e-5)
 
 
-def test_a_checkpoint_is_exported_once_beside_itself(agent, checkpoint, tiny_genes, monkeypatch):
-    engines = [path for path in checkpoint.parent.iterdir() if path.is_dir()]
-    assert [path.name.startswith("stfm.pth.engine-") for path in engines] == [True]
+def test_a_checkpoint_is_exported_once_beside_itself(one_layer_checkpoint, tiny, tiny_genes, tmp_path, monkeypatch):
+    checkpoint = shutil.copy(one_layer_checkpoint, tmp_path / "stfm.pth")
+    first = STPathInference(str(tiny_genes), str(checkpoint), "cpu")
+    (engine,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert engine.name.startswith("stfm.pth.engine-")
+    assert first.engine.manifest.checkpoint["sha256"] == sha256(checkpoint)
     monkeypatch.setattr("subprocess.run", lambda *a, **k: pytest.fail("exported again"))
-    STPathInference(tiny_genes, checkpoint, "cpu")
+    again = STPathInference(tiny_genes, checkpoint, "cpu")
+    given = tiny.arrays["coords"], tiny.features
+    np.testing.assert_array_equal(first.inference(*given).X, again.inference(*given).X)
 
 
 def test_an_engine_is_used_as_it_is(tiny_engine, tiny_genes, tiny, tmp_path):

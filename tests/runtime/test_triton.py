@@ -7,6 +7,7 @@ import importlib.util
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -14,10 +15,10 @@ import onnx
 import onnxruntime
 import pytest
 
+from helpers import copy_with_knn, texts
 from stpath_runtime import Engine, InputError, Slide, triton
 from stpath_runtime.cli import main
 from stpath_runtime.encoder import NearestSpots, Spots
-from stpath_runtime.manifest import Manifest
 from stpath_runtime.triton import write_model_repository
 
 DATA_TYPES = {"TYPE_FP32": np.float32, "TYPE_FP16": np.float16, "TYPE_INT64": np.int64, "TYPE_BOOL": np.bool_}
@@ -25,14 +26,9 @@ DATA_TYPES = {"TYPE_FP32": np.float32, "TYPE_FP16": np.float16, "TYPE_INT64": np
 
 @pytest.fixture(scope="module", params=["global", "knn"])
 def engine(request, tiny_engine, tmp_path_factory) -> Engine:
-    """An engine of either way to attend: the graphs are the same, the manifest says which are the model's own."""
     if request.param == "global":
         return Engine.load(tiny_engine)
-    path = shutil.copytree(tiny_engine, tmp_path_factory.mktemp("knn") / "engine")
-    manifest = Manifest.read(path)
-    model = dataclasses.replace(manifest.model, attention="knn", neighbors=8)
-    dataclasses.replace(manifest, model=model).write(path)
-    return Engine.load(path)
+    return Engine.load(copy_with_knn(tiny_engine, tmp_path_factory.mktemp("knn") / "engine"))
 
 
 @pytest.fixture(scope="module")
@@ -215,25 +211,22 @@ def server_log() -> list[str]:
 
 @pytest.fixture
 def served(repository, server_log, monkeypatch):
-    """The repository's model.py, loaded as Triton does."""
+    """The repository's model.py, loaded as Triton does, from the file of which it is a copy: coverage follows that."""
+    packaged = Path(triton.__file__).with_name("triton_model.py")
+    assert (repository / "stpath" / "1" / "model.py").read_bytes() == packaged.read_bytes()
     stand_in = ModuleType("triton_python_backend_utils")
     stand_in.Tensor, stand_in.TritonError = Tensor, TritonError
     stand_in.InferenceResponse = lambda tensors=(), error=None: SimpleNamespace(tensors=tensors, error=error)
     stand_in.get_input_tensor_by_name = lambda request, name: request.get(name)
     stand_in.Logger = SimpleNamespace(log_error=server_log.append)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
-    spec = importlib.util.spec_from_file_location("model", repository / "stpath" / "1" / "model.py")
+    spec = importlib.util.spec_from_file_location("stpath_runtime.triton_model", packaged)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
     folder = {"model_repository": str(repository / "stpath"), "model_version": "1"}
     model.initialize({**folder, "model_instance_kind": "CPU", "model_instance_device_id": "0"})
     return model
-
-
-def texts(*words) -> np.ndarray:
-    """Strings as Triton gives them: bytes in an array of objects."""
-    return np.array([word.encode() if isinstance(word, str) else word for word in words], dtype=object)
 
 
 def a_request(slide: Slide, **changed) -> dict[str, Tensor]:

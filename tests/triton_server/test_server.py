@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +10,7 @@ import psutil
 import pytest
 from servers import running, start, stop
 
+from helpers import copy_with_knn, texts
 from stpath_runtime import Engine, Slide
 from stpath_runtime.manifest import Manifest, sha256
 from stpath_runtime.triton import write_model_repository
@@ -29,11 +29,7 @@ PANEL = ["GENE7", "ALIAS3", "ENSG00000000011"]
 def engine(request, tiny_engine, tmp_path_factory) -> Engine:
     if request.param == "global":
         return Engine.load(tiny_engine)
-    path = shutil.copytree(tiny_engine, tmp_path_factory.mktemp("knn") / "engine")
-    manifest = Manifest.read(path)
-    model = dataclasses.replace(manifest.model, attention="knn", neighbors=8)
-    dataclasses.replace(manifest, model=model).write(path)
-    return Engine.load(path)
+    return Engine.load(copy_with_knn(tiny_engine, tmp_path_factory.mktemp("knn") / "engine"))
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +44,6 @@ def a_slide(engine: Engine, spots: int, seed: int = 0, **names) -> Slide:
     rng = np.random.default_rng(seed)
     features = rng.standard_normal((spots, engine.manifest.model.n_features)).astype(np.float32)
     return Slide(rng.integers(0, 40_000, (spots, 2)), features, **names)
-
-
-def texts(*words) -> np.ndarray:
-    return np.array([word if isinstance(word, bytes) else word.encode() for word in words], dtype=object)
 
 
 def inputs_of(slide: Slide, *genes: str) -> dict[str, np.ndarray]:
