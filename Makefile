@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/triton
 
-.PHONY: demo demo-checkpoint test test-triton lint types bench setup clean
+.PHONY: demo demo-checkpoint test test-soak test-triton lint types bench dist setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
@@ -14,8 +14,18 @@ demo: $(INSTALLED)
 demo-checkpoint: $(INSTALLED)
 	$(BIN)/python -m stpath_train.demo_checkpoint demo-checkpoint
 
+# One thread for each of the two processes: with more they wait for each other.
 test: $(INSTALLED)
-	$(BIN)/pytest -n 2 --cov --cov-report=term:skip-covered
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered
+	@printf 'stpath_runtime alone, in percent: '
+	@$(BIN)/coverage report --include='stpath_runtime/*' --format=total --fail-under=90
+
+# The same faults many more times: mutated files, and runs that are killed.
+test-soak: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m soak
 
 # Slides from a real Triton server.
 test-triton: $(TRITON)/.installed
@@ -31,6 +41,12 @@ types: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks --benchmark-json=.benchmarks/latest.json
+
+# Source and wheel for a release, in dist.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 setup: $(INSTALLED)
 
@@ -54,4 +70,4 @@ $(TRITON)/.installed: $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo demo-checkpoint build *.egg-info .benchmarks
+	rm -rf $(VENV) demo demo-checkpoint build dist *.egg-info .benchmarks
