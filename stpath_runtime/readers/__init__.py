@@ -27,13 +27,13 @@ def read_slide(
 ) -> Slide:
     """Read a slide's features from any file that holds them with coordinates; its content tells which it is.
 
-    ==================================  ==============================  ====================  =====================
-    file                                features [N, F]                 coordinates [N, 2]    barcodes [N]
-    ==================================  ==============================  ====================  =====================
-    HDF5 by HEST, STPath, TRIDENT, CLAM `embeddings` or `features`      `coords`              `barcodes`, if any
-    AnnData, .h5ad, .zarr, .zarr.zip    X, or obsm[features_key]        obsm['spatial']       obs_names
-    SpatialData, .zarr, .zarr.zip       X of the table of tiles         x, y of the shapes    obs_names of the table
-    ==================================  ==============================  ====================  =====================
+    ===================================  ==============================  ====================  =====================
+    file                                 features [N, F]                 coordinates [N, 2]    barcodes [N]
+    ===================================  ==============================  ====================  =====================
+    HDF5 by HEST, STPath, TRIDENT, CLAM  `embeddings` or `features`      `coords`              `barcodes`, if any
+    AnnData, .h5ad, .zarr, .zarr.zip     X, or obsm[features_key]        obsm['spatial']       obs_names
+    SpatialData, .zarr, .zarr.zip        X of the table of tiles         x, y of the shapes    obs_names of the table
+    ===================================  ==============================  ====================  =====================
 
     The size of the patches is kept where TRIDENT's attributes or LazySlide's `tile_spec` tell it.
 
