@@ -1,7 +1,7 @@
 """The stages of an engine as modules, with the weights of a reference model (see `stpath_runtime.encoder`).
 
 Each is exported on its own; `Fused` and `FusedKnn` compose the same modules into one graph of a whole slide.
-T spots in a tile, M keys, F features, d width, G genes, R token rows, P tokens; b blocks of B rows and K keys.
+T spots in a tile, M keys, F features, d width, G genes, R gene rows, P tokens; b blocks of B rows and K keys.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Tokens(nn.Module):
 
 
 class Embed(nn.Module):
-    """Features [T, F], organ [T], technology [T], gene row [T, d] -> x, k, v for block 1."""
+    """Features [T, F], organ [T], technology [T], gene rows [R, d], and which of them a spot takes [T] -> x, k, v."""
 
     def __init__(self, model: STPath) -> None:
         super().__init__()
@@ -57,9 +57,10 @@ class Embed(nn.Module):
         self.keys_values = KeysValues(model.blocks[0])
 
     def forward(
-        self, features: Tensor, organ: Tensor, technology: Tensor, gene_row: Tensor
+        self, features: Tensor, organ: Tensor, technology: Tensor, gene_rows: Tensor, gene_row: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.image(features) + gene_row + self.technology(technology) + self.organ(organ)
+        genes = F.embedding(gene_row, gene_rows)
+        x = self.image(features) + genes + self.technology(technology) + self.organ(organ)
         return x, *self.keys_values(x)
 
 
@@ -92,11 +93,17 @@ class BlockStage(nn.Module):
 
 
 class GlobalBlock(BlockStage):
-    """x [T, d] and coordinates [T, 2] of a tile; k, v [M, d] and coordinates [M, 2] of all -> x, next k and v."""
+    """x [T, d] and coordinates [T, 2] of a tile; k, v [M, d] and coordinates [M, 2] of all -> x, next k and v.
 
-    def forward(self, x: Tensor, coords: Tensor, k: Tensor, v: Tensor, key_coords: Tensor) -> tuple[Tensor, ...]:
+    key_bias [M] is added to the scores of a key: it masks those that pad.
+    """
+
+    def forward(
+        self, x: Tensor, coords: Tensor, k: Tensor, v: Tensor, key_coords: Tensor, key_bias: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         q = self.query(self.norm(x))
         bias = distance_bias(self.distance_weight, coords, key_coords)  # [H, T, M]
+        bias = bias + key_bias if key_bias is not None else bias
         return self.finish(x, self.attend(q[None], k[None], v[None], bias[None])[0])
 
 
@@ -139,9 +146,16 @@ class Fused(nn.Module):
         self.embed, self.blocks, self.head = embed, nn.ModuleList(blocks), head
 
     def forward(
-        self, features: Tensor, coords: Tensor, organ: Tensor, technology: Tensor, gene_row: Tensor, token_ids: Tensor
+        self,
+        features: Tensor,
+        coords: Tensor,
+        organ: Tensor,
+        technology: Tensor,
+        gene_rows: Tensor,
+        gene_row: Tensor,
+        token_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        x, *kv = self.embed(features, organ, technology, gene_row)
+        x, *kv = self.embed(features, organ, technology, gene_rows, gene_row)
         for block in self.blocks:
             x, *kv = block(x, coords, *kv, coords)
         return x, self.head(x, token_ids)
@@ -156,12 +170,13 @@ class FusedKnn(Fused):
         coords: Tensor,
         organ: Tensor,
         technology: Tensor,
+        gene_rows: Tensor,
         gene_row: Tensor,
         key_index: Tensor,
         mask: Tensor,
         token_ids: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        x, *kv = self.embed(features, organ, technology, gene_row)
+        x, *kv = self.embed(features, organ, technology, gene_rows, gene_row)
         for block in self.blocks:
             x, *kv = block(x, coords, *kv, coords, key_index, mask)
         return x, self.head(x, token_ids)
@@ -185,15 +200,15 @@ def graphs(model: STPath) -> list[Graph]:
     embed, head = Embed(model), Head(model)
     to_all = [GlobalBlock(*pair) for pair in pairs]
     to_nearest = [KnnBlock(*pair) for pair in pairs]
-    spot_inputs = "features coords organ technology gene_row"
+    spot_inputs = "features coords organ technology gene_rows gene_row"
 
     row = [
         _graph(model, "tokens", Tokens(model), "values token_ids", "gene_rows"),
-        _graph(model, "embed", embed, "features organ technology gene_row", "x k v"),
+        _graph(model, "embed", embed, "features organ technology gene_rows gene_row", "x k v"),
     ]
     for layer, (block, knn_block) in enumerate(zip(to_all, to_nearest, strict=True), 1):
         ends = "x_next" if layer == len(blocks) else "x_next k_next v_next"
-        row.append(_graph(model, f"block_{layer}", block, "x coords k v key_coords", ends))
+        row.append(_graph(model, f"block_{layer}", block, "x coords k v key_coords key_bias", ends))
         row.append(_graph(model, f"knn_block_{layer}", knn_block, "x coords k v key_coords key_index mask", ends))
     return [
         *row,
@@ -224,7 +239,8 @@ def _graph(model: STPath, name: str, module: nn.Module, inputs: str, outputs: st
 
     examples: dict[str, tuple[Tensor, dict[int, Any]]] = {
         "features": (floats(n, n_features), {0: spots}),
-        "gene_row": (floats(n, d), {0: spots}),
+        "gene_rows": (floats(6, d), {0: rows}),
+        "gene_row": (ints(n), {0: spots}),
         "x": (floats(n, d), {0: spots}),
         "embedding": (floats(n, d), {0: spots}),
         "coords": (torch.zeros(n, 2), {0: spots}),
@@ -233,6 +249,7 @@ def _graph(model: STPath, name: str, module: nn.Module, inputs: str, outputs: st
         "k": (floats(7, d), {0: keys}),
         "v": (floats(7, d), {0: keys}),
         "key_coords": (torch.zeros(7, 2), {0: keys}),
+        "key_bias": (torch.zeros(7), {0: keys}),
         "key_index": (ints(3, 16), {0: blocks, 1: keys_of_block}),
         "mask": (torch.ones(3, BLOCK, 16, dtype=torch.bool), {0: blocks, 2: keys_of_block}),
         "values": (floats(11, 4), {0: rows, 1: genes}),

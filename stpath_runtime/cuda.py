@@ -6,7 +6,11 @@ first.
 
 from __future__ import annotations
 
+import ctypes
 import re
+from dataclasses import dataclass
+from math import prod
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -15,8 +19,42 @@ import numpy.typing as npt
 from .errors import DeviceError, InstallError, MemoryLimitError
 
 
+@dataclass(frozen=True)
+class DeviceArray:
+    """An array in the memory of a GPU; some of its rows are a view, as in NumPy."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, rows: slice) -> DeviceArray:
+        start, stop, _ = rows.indices(self.shape[0])
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        return DeviceArray(self.address + start * row_bytes, (stop - start, *self.shape[1:]), self.dtype)
+
+    def overlaps(self, other: DeviceArray) -> bool:
+        """Whether some memory is a part of both."""
+        return self.address < other.address + other.nbytes and other.address < self.address + self.nbytes
+
+
+@dataclass
+class _Pinned:
+    """Host memory that the GPU reads by itself, and the event after which it has read it."""
+
+    address: int
+    size: int
+    read: Any
+
+
 class Gpu:
     """A GPU, its memory by name, and one stream in which all work is done in order.
+
+    One thread at a time may use it: `alone` is the lock to hold.
 
     Parameters
     ----------
@@ -32,33 +70,35 @@ class Gpu:
     def __init__(self, device: str) -> None:
         match = re.fullmatch(r"cuda(?::(\d+))?", device)
         if match is None:
-            raise DeviceError(f"device {device!r}: TensorRT runs on NVIDIA GPUs only; give cuda:N, such as cuda:0")
+            raise DeviceError(f"device {device!r}: no NVIDIA GPU; give cuda:N, such as cuda:0")
         try:
             from cuda.bindings import runtime
         except ImportError as error:
             raise InstallError("CUDA's Python bindings are not installed; run: pip install cuda-bindings") from error
         self._cuda: Any = runtime
-        self._index = int(match[1] or 0)
-        self.device = f"cuda:{self._index}"
+        self.alone = RLock()
+        self.index = int(match[1] or 0)
+        self.device = f"cuda:{self.index}"
         failure, count = runtime.cudaGetDeviceCount()
-        if failure or self._index >= count:
+        if failure or self.index >= count:
             why = f"there are {count}, from cuda:0" if not failure else f"CUDA finds no GPU: {_name(failure)}"
             raise DeviceError(f"device {self.device}: not there ({why}); check nvidia-smi")
         self.use()
-        facts = self._call("cudaGetDeviceProperties", self._index)
+        facts = self._call("cudaGetDeviceProperties", self.index)
         self.target = f"sm_{facts.major}{facts.minor}"  # its generation, as compilers name it
         self.name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         self.stream = int(self._call("cudaStreamCreate"))
         self._memory: dict[str, tuple[int, int]] = {}  # name -> address, bytes
+        self._pinned: dict[str, list[_Pinned]] = {}  # name -> the one to use next, and the one used last
 
     def use(self) -> None:
         """Make it the GPU of the calling thread."""
-        self._call("cudaSetDevice", self._index)
+        self._call("cudaSetDevice", self.index)
 
     def free_memory(self) -> int:
-        """Bytes that are free on it."""
+        """Bytes that are free on it, or are held here and will be used again."""
         self.use()
-        return int(self._call("cudaMemGetInfo")[0])
+        return int(self._call("cudaMemGetInfo")[0]) + sum(size for _, size in self._memory.values())
 
     def reserve(self, name: str, size: int) -> int:
         """Address of at least `size` bytes under a name, reused by later calls and grown when they ask for more.
@@ -77,28 +117,69 @@ class Gpu:
             self._memory[name] = address, held
         return address
 
-    def upload(self, name: str, array: npt.NDArray[Any]) -> int:
-        """Copy an array, which must live on until `synchronize`, to the memory of that name; returns its address."""
-        address = self.reserve(name, max(1, array.nbytes))
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, kind, self.stream)
-        return address
+    def empty(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """The memory of that name as an array, whatever it holds."""
+        size = prod(shape) * np.dtype(dtype).itemsize
+        return DeviceArray(self.reserve(name, max(1, size)), shape, np.dtype(dtype))
 
-    def download(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """The memory of that name as an array, which is filled at the next `synchronize`."""
-        array = np.empty(shape, dtype)
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", array.ctypes.data, self._memory[name][0], array.nbytes, kind, self.stream)
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """The memory of that name as an array of zeros."""
+        array = self.empty(name, shape, dtype)
+        self._call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
         return array
+
+    def upload(self, name: str, array: npt.NDArray[Any]) -> DeviceArray:
+        """Copy an array to the memory of that name, by way of pinned memory: it may be changed at once."""
+        found = self.empty(name, array.shape, array.dtype)
+        pinned = self._next_pinned(name, max(1, array.nbytes))
+        staged = memoryview((ctypes.c_char * array.nbytes).from_address(pinned.address)).cast("B")
+        np.frombuffer(staged, array.dtype).reshape(array.shape)[...] = array
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._call("cudaMemcpyAsync", found.address, pinned.address, array.nbytes, kind, self.stream)
+        self._call("cudaEventRecord", pinned.read, self.stream)
+        return found
+
+    def copy(self, source: DeviceArray, to: DeviceArray) -> None:
+        """Copy an array within the GPU."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._call("cudaMemcpyAsync", to.address, source.address, source.nbytes, kind, self.stream)
+
+    def download(self, array: DeviceArray) -> npt.NDArray[Any]:
+        """The array in host memory, which is filled at the next `synchronize`."""
+        found = np.empty(array.shape, array.dtype)
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._call("cudaMemcpyAsync", found.ctypes.data, array.address, array.nbytes, kind, self.stream)
+        return found
 
     def synchronize(self) -> None:
         """Wait until all that was asked for is done."""
         self._call("cudaStreamSynchronize", self.stream)
 
+    def _next_pinned(self, name: str, size: int) -> _Pinned:
+        """Pinned memory that the GPU has read: two a name take turns, so that one is filled while the other is read."""
+        if name not in self._pinned:
+            self._pinned[name] = [_Pinned(0, 0, self._event()) for _ in range(2)]
+        self._pinned[name].reverse()
+        pinned = self._pinned[name][0]
+        self._call("cudaEventSynchronize", pinned.read)
+        if size > pinned.size:
+            if pinned.address:
+                self._call("cudaFreeHost", pinned.address)
+                pinned.address = pinned.size = 0
+            pinned.address, pinned.size = int(self._call("cudaHostAlloc", size, 0)), size
+        return pinned
+
+    def _event(self) -> Any:
+        return self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+
     def _call(self, function: str, *arguments: Any) -> Any:
         error, *found = getattr(self._cuda, function)(*arguments)
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             asked = f"{arguments[0] / 2**20:,.0f} MiB" if function == "cudaMalloc" else "what it needs"
+            if function == "cudaHostAlloc":
+                raise MemoryLimitError(
+                    f"{self.device}: no {arguments[0] / 2**20:,.0f} MiB of host memory can be pinned"
+                )
             raise MemoryLimitError(f"{self.device}: not enough GPU memory for {asked}; give less with --memory")
         if error:
             raise RuntimeError(f"{self.device}: {function} failed with {_name(error)}")

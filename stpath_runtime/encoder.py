@@ -1,10 +1,10 @@
 """The row of stages, run over tiles of spots: features in, embedding out, embedding in, expression out.
 
-Only x, k and v of the whole slide are kept (and the next layer's k and v while it is computed): what a tile needs
-beyond them does not grow with the square of the spots.
+Only x, k and v of the whole slide are kept (and the next layer's k and v while it is computed), in the memory of the
+device, and which keys each tile takes: what a tile needs beyond them does not grow with the square of the spots.
 
     tokens      : values [R, P], token ids [P]                           -> gene rows [R, d]
-    embed       : features, organ, technology, gene row of a tile        -> x, k, v for block 1
+    embed       : features, organ, technology of a tile, its gene rows   -> x, k, v for block 1
     block_l     : x and coordinates of a tile; k, v, coordinates of all  -> x, and k, v for block l + 1 (not the last)
     knn_block_l : the same with the k, v, coordinates of the tile's neighbours, the keys of its blocks, and their mask
     head        : embedding of a tile, token ids [G]                     -> expression [T, G]
@@ -15,18 +15,18 @@ Both ways to attend are this row. They differ in the order of the rows, and in h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends import Backend
+from .backends import ENOUGH_ROWS, Array, Backend, Workspace
 from .context import ContextRows
 from .errors import MemoryLimitError, SlideError
 from .manifest import ModelConfig
-from .neighbors import BLOCK, Plan
+from .neighbors import BLOCK, PAD_KEYS, Plan
 from .output import CHUNK
 from .progress import OnTile
 from .slide import Slide
@@ -36,13 +36,11 @@ Floats = npt.NDArray[Any]
 
 # What passes between the stages, by precision. In bf16 x stays in float32, and k and v are bfloat16, which NumPy does
 # not have: their bits.
-DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float32}
+DTYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float32}
 KV_DTYPES = {**DTYPES, "bf16": np.uint16}
 # What a tile takes, in parts of what ONNX Runtime takes for it; measured, global attention of 5,000 spots.
 TILE_MEMORY = {("openvino", "fp32"): 1.4}
-# A tile reads all its keys once for its queries: 1,024 queries make hundreds of operations of each number read, more
-# than any processor needs to be kept busy. Larger tiles cost memory and win nothing.
-ENOUGH_ROWS = 1024
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: kernels of GPUs count in 32 bits
 ENOUGH_BYTES = 64 << 20  # of a tile of the embed and head stages, which have no keys
 GENES_AT_ONCE = 32 * CHUNK[1]
 DECODED_ROWS = 16 * CHUNK[0]  # of a tile of the head stage, at most
@@ -81,12 +79,24 @@ class Spots:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What a tile of rows takes beside its x: the same in every layer."""
+
+    rows: slice
+    inputs: Mapping[str, Array]  # of the block graphs, but for x, k and v
+    keys: npt.NDArray[np.int64] | None  # the rows of k and v that the tile is handed; None means all
+
+
 class Keys(Protocol):
     """How the rows of x stand for spots, and how a tile of rows gets its keys."""
 
     graph: str  # the block graphs are named f"{graph}_{layer}"
-    rows: int  # R
+    rows: int  # R, of x
+    keys: int  # of k and v: R, and rows that pad
     unit: int  # a tile is a multiple of so many rows
+    keys_of_row: int  # that a row of a tile attends to, masked ones among them
+    kept_bytes: int  # of all tiles' inputs
     row_bytes: int  # what one row of a tile adds to the memory of a block
 
     def spots(self, rows: slice) -> slice | npt.NDArray[np.int64]:
@@ -97,21 +107,30 @@ class Keys(Protocol):
         """The rows of x [R, d] in the order of the spots, [N, d]."""
         ...
 
-    def inputs(self, rows: slice, k: Floats, v: Floats) -> dict[str, Floats]:
-        """Coordinates and keys of a tile of rows."""
+    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
+        """The tiles of some rows, their inputs where the workspace wants them."""
         ...
 
 
 class AllSpots:
-    """Global attention within one slide: rows are spots, and every tile takes all of them as keys."""
+    """Global attention within one slide: rows are spots, and every tile takes all of them as keys.
 
-    graph, unit = "block", 1
+    Keys are padded to a multiple of 8, which GPU kernels want, and the padding is masked.
+    """
 
-    def __init__(self, spots: Spots, model: ModelConfig) -> None:
+    graph = "block"
+    unit = PAD_KEYS  # so that a tile's rows begin where memory is aligned
+
+    def __init__(self, spots: Spots, model: ModelConfig, precision: str) -> None:
         self.rows = len(spots)
+        self.keys = self.keys_of_row = -(-self.rows // PAD_KEYS) * PAD_KEYS
+        self.kept_bytes = self.rows * (2 + 3) * 4  # coordinates, as queries and as keys, and their bias
         # In float32: scores, bias and their sum for each head, distances and their parts.
-        self.row_bytes = self.rows * (3 * model.n_heads + 4) * 4
+        self.row_bytes = self.keys * (3 * model.n_heads + 4) * 4
         self._coords = spots.coords
+        self._key_bias = np.zeros(self.keys, np.float32)
+        # Half of the lowest number: a score added to it does not overflow.
+        self._key_bias[self.rows :] = float(np.finfo(DTYPES[precision]).min) / 2
 
     def spots(self, rows: slice) -> slice:
         """The same: rows are spots."""
@@ -121,9 +140,12 @@ class AllSpots:
         """The same: rows are spots."""
         return x
 
-    def inputs(self, rows: slice, k: Floats, v: Floats) -> dict[str, Floats]:
+    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
         """All keys for any tile."""
-        return {"coords": self._coords[rows], "k": k, "v": v, "key_coords": self._coords}
+        key_coords = np.pad(self._coords, ((0, self.keys - self.rows), (0, 0)))
+        shared = {"key_coords": at.keep("key_coords", key_coords), "key_bias": at.keep("key_bias", self._key_bias)}
+        coords = [at.keep(f"coords {i}", self._coords[some]) for i, some in enumerate(rows)]
+        return [Tile(some, {"coords": own, **shared}, None) for some, own in zip(rows, coords, strict=True)]
 
 
 class NearestSpots:
@@ -132,10 +154,12 @@ class NearestSpots:
     graph, unit = "knn_block", BLOCK
 
     def __init__(self, spots: Spots, model: ModelConfig, plan: Plan) -> None:
-        self.rows = len(plan.spot)
-        keys = int(np.diff(plan.key_start).max())
+        self.rows = self.keys = len(plan.spot)
+        self.keys_of_row = -(-int(np.diff(plan.key_start).max()) // PAD_KEYS) * PAD_KEYS
+        # A bit of the mask for each key, and of a block's keys: which rows they are, of the slide and of the tile.
+        self.kept_bytes = self.rows * (self.keys_of_row * (1 + 8 / BLOCK) + (2 + 3) * 8).__ceil__()
         # In float32: scores, bias and their sum, distances and their parts, and a block's keys shared by its rows.
-        self.row_bytes = keys * ((3 * model.n_heads + 4) * 4 + 1) + 3 * keys * model.d_model * 4 // BLOCK
+        self.row_bytes = self.keys_of_row * ((3 * model.n_heads + 4) * 4 + 1 + 3 * model.d_model * 4 // BLOCK)
         self._plan = plan
         self._coords = spots.coords[plan.spot]
 
@@ -147,11 +171,24 @@ class NearestSpots:
         """Rows back in the order of the spots."""
         return x[self._plan.row]
 
-    def inputs(self, rows: slice, k: Floats, v: Floats) -> dict[str, Floats]:
-        """Only the rows of k and v that the tile's blocks name, and which of them each block takes."""
-        tile = self._plan.tile(slice(rows.start // BLOCK, rows.stop // BLOCK))
-        keys = {"k": k[tile.rows], "v": v[tile.rows], "key_coords": self._coords[tile.rows]}
-        return {"coords": self._coords[rows], **keys, "key_index": tile.key_index, "mask": tile.mask}
+    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
+        """Only the rows of k and v that the tile's blocks name, and which of them each block takes.
+
+        In a workspace whose graphs take all keys at no cost, those name rows of all.
+        """
+        coords, tiles = at.keep("coords", self._coords), []
+        for i, some in enumerate(rows):
+            tile = self._plan.tile(slice(some.start // BLOCK, some.stop // BLOCK))
+            keys = None if at.takes_all_keys else tile.rows
+            index = tile.rows[tile.key_index] if keys is None else tile.key_index
+            inputs = {
+                "coords": coords[some],
+                "key_coords": coords if keys is None else self._coords[keys],
+                "key_index": at.keep(f"key_index {i}", index),
+                "mask": at.keep(f"mask {i}", tile.mask),
+            }
+            tiles.append(Tile(some, inputs, keys))
+        return tiles
 
     def whole(self) -> dict[str, Floats]:
         """Coordinates and keys of all rows, for the fused graph."""
@@ -189,10 +226,9 @@ def encode(
     """
     dtype, kv_dtype, n, d = DTYPES[precision], KV_DTYPES[precision], keys.rows, model.d_model
     memory = memory if memory is not None else backend.available_memory() // 2
-    kept = n * d * (np.dtype(dtype).itemsize + 4 * np.dtype(kv_dtype).itemsize)  # x, k, v, and the next k and v
+    kept = n * d * np.dtype(dtype).itemsize + 4 * keys.keys * d * np.dtype(kv_dtype).itemsize + keys.kept_bytes
     share = TILE_MEMORY.get((backend.name, precision), 1.0)
-    size = tile or tile_rows(keys, model, kept, memory, spots.name, share)
-    x, k, v = (np.empty((n, d), kind) for kind in (dtype, kv_dtype, kv_dtype))
+    size = tile or tile_rows(keys, model, kept, memory, spots.name, backend.enough_rows, share)
     done, total = 0, n * (1 + model.n_layers)
 
     def tick(rows: slice) -> None:
@@ -201,33 +237,41 @@ def encode(
         if on_tile is not None:
             on_tile(done, total)
 
-    embedded, row_of_spot = gene_rows(backend, dtype, spots)
-    for rows in _tiles(n, min(size, _enough(model.n_features * 4)), 1):
-        some = keys.spots(rows)
-        x[rows], k[rows], v[rows] = backend.run("embed", _embed_inputs(spots, some, embedded[row_of_spot[some]]))
-        tick(rows)
-
-    k_next, v_next = np.empty_like(k), np.empty_like(v)
-    for layer in range(1, model.n_layers + 1):
-        for rows in _tiles(n, size, keys.unit):
-            x[rows], *kv_next = backend.run(f"{keys.graph}_{layer}", {"x": x[rows], **keys.inputs(rows, k, v)})
-            if kv_next:
-                k_next[rows], v_next[rows] = kv_next
+    genes = gene_rows(backend, dtype, spots)
+    with backend.workspace() as at:
+        x = at.zeros("x", (n, d), dtype)
+        k, v, k_next, v_next = (at.zeros(name, (keys.keys, d), kv_dtype) for name in ("k", "v", "k_next", "v_next"))
+        for rows in _tiles(n, min(size, _enough(model.n_features * 4)), keys.unit):
+            inputs = _embed_inputs(spots, keys.spots(rows), *genes)
+            at.run("embed", inputs, {"x": x[rows], "k": k[rows], "v": v[rows]})
             tick(rows)
-        (k, k_next), (v, v_next) = (k_next, k), (v_next, v)
-    del k, v, k_next, v_next  # the copy below may take their place
-    embedding: npt.NDArray[np.float32] = keys.of_spots(x).astype(np.float32, copy=False)
-    finite = np.isfinite(embedding).all(axis=1)
-    if not finite.all():
-        raise SlideError(
-            f"{spots.name}: the model gives NaN or infinity at {int((~finite).sum()):,} spots, the first at spot "
-            f"{int(np.argmin(finite))}; its features are too large, or too "
-            f"large for {precision}"
-        )
+        tiles = keys.tiles(list(_tiles(n, size, keys.unit)), at)
+        for layer in range(1, model.n_layers + 1):
+            for tile_ in tiles:
+                rows = tile_.rows
+                taken = {"k": k, "v": v} if tile_.keys is None else {"k": k[tile_.keys], "v": v[tile_.keys]}
+                outputs = {"x_next": x[rows]}
+                if layer < model.n_layers:
+                    outputs |= {"k_next": k_next[rows], "v_next": v_next[rows]}
+                at.run(f"{keys.graph}_{layer}", {"x": x[rows], **taken, **tile_.inputs}, outputs)
+                tick(rows)
+            (k, k_next), (v, v_next) = (k_next, k), (v_next, v)
+        del k, v, k_next, v_next, tiles  # the copy below may take their place
+        embedding: npt.NDArray[np.float32] = keys.of_spots(at.fetch(x)).astype(np.float32, copy=False)
+    _require_finite(embedding, spots.name, precision)
     return embedding
 
 
-def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str, share: float = 1.0) -> int:
+def _require_finite(embedding: npt.NDArray[np.float32], name: str, precision: str) -> None:
+    finite = np.isfinite(embedding).all(axis=1)
+    if not finite.all():
+        raise SlideError(
+            f"{name}: the model gives NaN or infinity at {int((~finite).sum()):,} spots, the first at spot "
+            f"{int(np.argmin(finite))}; its features are too large, or too large for {precision}"
+        )
+
+
+def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str, enough: int, share: float) -> int:
     """Rows of a tile: as many as pay, if the bytes that are kept and the tile fit the memory.
 
     Raises
@@ -244,16 +288,16 @@ def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str,
             f"{name}: {_mebibytes(memory)} of memory do not hold one tile of {keys.rows:,} spots; the least that works "
             f"is {_mebibytes(least)} (--memory)"
         )
-    return min(fit, ENOUGH_ROWS)
+    # The scores of a tile, and the keys of its blocks, are the largest tensors.
+    most = MOST_ELEMENTS // (keys.keys_of_row * max(model.n_heads, model.d_model // BLOCK)) // keys.unit * keys.unit
+    return min(fit, enough, max(most, keys.unit))
 
 
 def run_fused(
     backend: Backend, precision: str, spots: Spots, keys: AllSpots | NearestSpots, token_ids: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Embedding [N, d] and expression [N, G] by the one graph of all stages, which holds all scores at once."""
-    embedded, row_of_spot = gene_rows(backend, DTYPES[precision], spots)
-    some = keys.spots(slice(0, keys.rows))
-    inputs = _embed_inputs(spots, some, embedded[row_of_spot[some]])
+    inputs = _embed_inputs(spots, keys.spots(slice(0, keys.rows)), *gene_rows(backend, DTYPES[precision], spots))
     if isinstance(keys, NearestSpots):
         outputs = backend.run("fused_knn", {**inputs, **keys.whole(), "token_ids": token_ids})
     else:
@@ -297,11 +341,15 @@ def decode(
             yield spots, genes, values.astype(np.float32, copy=False)
 
 
-def _embed_inputs(spots: Spots, some: slice | npt.NDArray[np.int64], gene_row: Floats) -> dict[str, Floats]:
+def _embed_inputs(
+    spots: Spots, some: slice | npt.NDArray[np.int64], gene_rows: Floats, row_of_spot: npt.NDArray[np.int64]
+) -> dict[str, Floats]:
+    used, gene_row = np.unique(row_of_spot[some], return_inverse=True)  # most spots share the mask's row
     return {
-        "features": spots.features[some].astype(gene_row.dtype, copy=False),
+        "features": spots.features[some].astype(gene_rows.dtype, copy=False),
         "organ": spots.organ[some],
         "technology": spots.technology[some],
+        "gene_rows": gene_rows[used],
         "gene_row": gene_row,
     }
 
@@ -311,11 +359,11 @@ def _enough(row_bytes: int) -> int:
 
 
 def _tiles(n: int, size: int, unit: int) -> Iterator[slice]:
-    """Slices that cover n, of nearly the same size, multiples of the unit, none above `size`."""
-    units = n // unit
+    """Slices that cover n, of nearly the same size, none above `size`, each from a multiple of the unit."""
+    units = -(-n // unit)
     count = -(-units // max(1, size // unit))
     for i in range(count):
-        yield slice(i * units // count * unit, (i + 1) * units // count * unit)
+        yield slice(i * units // count * unit, min(n, (i + 1) * units // count * unit))
 
 
 def _mebibytes(size: int) -> str:

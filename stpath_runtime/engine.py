@@ -153,7 +153,7 @@ class Engine:
         """How the spots of slides attend: the keys of `stpath_runtime.encoder`."""
         if attention == "global":
             if len(slides) == 1:
-                return AllSpots(spots, self.manifest.model)
+                return AllSpots(spots, self.manifest.model, self.precision)
             neighbors = max(len(slide) for slide in slides)  # as many as there are: the same as global
         return NearestSpots(spots, self.manifest.model, plan_blocks([slide.coords for slide in slides], neighbors))
 

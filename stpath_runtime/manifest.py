@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import EngineError, InputError
 
-SCHEMA = 1
+SCHEMA = 2  # 2: the graphs of global attention mask keys that pad, and gene rows are picked in the graph
 MANIFEST = "engine.json"
 WEIGHTS = "weights.bin"
 GENES = "genes.tsv.gz"
@@ -72,10 +72,11 @@ class Manifest:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             schema = found["schema"]
-            if type(schema) is int and schema > SCHEMA:
+            if type(schema) is int and schema > 0 and schema != SCHEMA:
+                age, mend = ("newer", "upgrade stpath-engine, or ") if schema > SCHEMA else ("older", "")
                 raise EngineError(
-                    f"{path}: schema {schema} is newer than {SCHEMA}, the newest that this version reads; "
-                    "upgrade stpath-engine, or export the engine again with this version"
+                    f"{path}: schema {schema} is {age} than {SCHEMA}, which this version reads; {mend}export the "
+                    "engine again with this version"
                 )
             manifest = cls(**{**found, "model": ModelConfig(**found["model"])})
             manifest.check()

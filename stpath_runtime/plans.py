@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .encoder import DECODED_ROWS, ENOUGH_ROWS, GENES_AT_ONCE
+from .backends import ENOUGH_ROWS
+from .encoder import DECODED_ROWS, GENES_AT_ONCE, MOST_ELEMENTS
 from .errors import InstallError, OptionError, PlanError
 from .manifest import WEIGHTS, Manifest, ModelConfig, graph_files, sha256
 from .neighbors import BLOCK, PAD_KEYS
@@ -38,7 +39,6 @@ USUAL_KEYS = 192  # of a block, and
 USUAL_UNION = 1_344  # of a tile of 1,024 rows: k = 32 on a hexagonal grid
 USUAL_GENES, USUAL_DECODED = 8_192, 2_048  # of a tile of all genes
 USUAL_CONTEXT = 1_000  # genes
-MOST_ELEMENTS = 2**31 - 1  # of a tensor
 
 Axis = int | tuple[int, int, int]  # fixed, or the least, usual and largest size
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # the least, usual and largest shape
@@ -160,12 +160,14 @@ def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Ra
         "features": (rows, model.n_features),
         "organ": (rows,),
         "technology": (rows,),
-        "gene_row": (rows, d),
+        "gene_rows": (rows, d),
+        "gene_row": (rows,),
         "x": (rows, d),
         "coords": (rows, 2),
         "k": (keys, d),
         "v": (keys, d),
         "key_coords": (keys, 2),
+        "key_bias": (keys,),
         "key_index": (blocks, keys_of_block),
         "mask": (blocks, BLOCK, keys_of_block),
         "embedding": ((1, USUAL_DECODED, DECODED_ROWS), d),
@@ -177,8 +179,8 @@ def _inputs(graph: str) -> list[str]:
     kind = graph.rstrip("0123456789")
     return {
         "tokens": "values token_ids",
-        "embed": "features organ technology gene_row",
-        "block_": "x coords k v key_coords",
+        "embed": "features organ technology gene_rows gene_row",
+        "block_": "x coords k v key_coords key_bias",
         "knn_block_": "x coords k v key_coords key_index mask",
         "head": "embedding token_ids",
     }[kind].split()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
@@ -11,9 +11,24 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import BackendError
+from .workspace import Array, Arrays, Workspace
 
-Arrays = Mapping[str, npt.NDArray[np.generic]]
+__all__ = [
+    "BACKENDS",
+    "ENOUGH_ROWS",
+    "PRECISIONS",
+    "Array",
+    "Arrays",
+    "Backend",
+    "Workspace",
+    "installed",
+    "open_backend",
+]
+
 PRECISIONS = ("fp32", "fp16", "bf16")
+# A tile reads all its keys once for its queries: 1,024 queries make hundreds of operations of each number read, more
+# than a CPU needs to be kept busy. Larger tiles cost memory and win nothing there.
+ENOUGH_ROWS = 1024
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 
@@ -22,9 +37,14 @@ class Backend(Protocol):
 
     name: str  # as in BACKENDS
     device: str  # "cpu" or "cuda:N"
+    enough_rows: int  # in a tile: more do not make the device busier
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
+        ...
+
+    def workspace(self) -> AbstractContextManager[Workspace]:
+        """Where a slide runs through the stages."""
         ...
 
     def available_memory(self) -> int:
@@ -71,10 +91,14 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
             f"precision {precision}: the backend {name} computes in the engine's own, {stored}; "
             + ("give --backend openvino" if precision == "bf16" else f"export an engine with --precision {precision}")
         )
-    if name == "onnxruntime":
+    if name == "onnxruntime" and device == "cpu":
         from .onnxruntime import OnnxRuntimeBackend
 
-        return OnnxRuntimeBackend(engine, device)
+        return OnnxRuntimeBackend(engine)
+    if name == "onnxruntime":
+        from .onnxruntime_cuda import OnnxRuntimeCudaBackend
+
+        return OnnxRuntimeCudaBackend(engine, device)
     if name in ("tensorrt", "tensorrt_rtx"):
         from .tensorrt import TensorRtBackend
 

@@ -1,8 +1,8 @@
-"""ONNX Runtime, on the CPU or an NVIDIA GPU."""
+"""ONNX Runtime on the CPU, and what its providers share."""
 
 from __future__ import annotations
 
-import re
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -11,87 +11,89 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, DeviceError, InstallError
-from ..memory import available_on_gpu, available_on_host
-from . import Arrays, installed
+from ..errors import BackendError, InstallError
+from ..memory import available_on_host
+from . import ENOUGH_ROWS, Arrays, installed
+from .workspace import GpuWorkspace, HostWorkspace
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # that write one folder
 
 
 class OnnxRuntimeBackend:
-    """Runs graphs with ONNX Runtime; a graph is loaded when it is first run.
+    """Runs graphs with ONNX Runtime on the CPU; a graph is loaded when it is first run.
 
     Raises
     ------
     InputError
-        If ONNX Runtime is not installed, or both of its packages are, the device is not one of "cpu", "cuda" and
-        "cuda:N", or its provider is not the one that runs.
+        If ONNX Runtime is not installed, or both of its packages are.
     """
 
     name = "onnxruntime"
+    device = "cpu"
+    enough_rows = ENOUGH_ROWS
+    provider = "CPUExecutionProvider"
 
-    def __init__(self, engine: Path, device: str) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise InstallError(
-                "ONNX Runtime is not installed; run: pip install 'stpath-engine[cpu]' (or [gpu], never both)"
-            ) from error
-        if both := [found for package in PACKAGES if (found := installed(package)) is not None][1:]:
-            raise InstallError(
-                f"both {' and '.join(PACKAGES)} ({both[0]}) are installed, over each other; run: pip uninstall -y "
-                f"{' '.join(PACKAGES)} && pip install 'stpath-engine[cpu]' (or [gpu], never both)"
-            )
-        self._ort = onnxruntime
+    def __init__(self, engine: Path) -> None:
+        self._ort = _import_onnxruntime()
         self._engine = engine
-        self.device = "cuda:0" if device == "cuda" else device
-        self._provider, self._provider_options = self._find_provider()
         self._sessions: dict[str, Any] = {}
-        _share_host_memory(onnxruntime)
+        _share_host_memory(self._ort)
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
-        if graph not in self._sessions:
-            self._sessions[graph] = self._load(graph)
-        outputs: list[npt.NDArray[np.generic]] = self._sessions[graph].run(None, dict(inputs))
+        outputs: list[npt.NDArray[np.generic]] = self._session(graph).run(None, dict(inputs))
         return outputs
+
+    def workspace(self) -> AbstractContextManager[HostWorkspace | GpuWorkspace]:
+        """Host memory, for any number of threads."""
+        return nullcontext(HostWorkspace(self.run))
 
     def available_memory(self) -> int:
         """Bytes that the device has to give."""
-        return available_on_host() if self.device == "cpu" else available_on_gpu(self.device.removeprefix("cuda:"))
+        return available_on_host()
 
-    def _find_provider(self) -> tuple[str, dict[str, str]]:
-        if self.device == "cpu":
-            return "CPUExecutionProvider", {}
-        match = re.fullmatch(r"cuda:(\d+)", self.device)
-        if match is None:
-            raise DeviceError(f"unknown device {self.device!r} for ONNX Runtime; give cpu or cuda:N")
-        if "CUDAExecutionProvider" not in self._ort.get_available_providers():
-            raise InstallError(
-                f"device {self.device}: the installed ONNX Runtime runs on the CPU only; run: pip uninstall "
-                "onnxruntime && pip install 'stpath-engine[gpu]', or give device cpu"
-            )
-        return "CUDAExecutionProvider", {"device_id": match[1]}
-
-    def _load(self, graph: str) -> Any:
+    def _options(self) -> tuple[Any, dict[str, str]]:
+        """Of a session, and of its provider."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors
         options.add_session_config_entry("session.use_env_allocators", "1")
-        if self._provider != "CPUExecutionProvider":
-            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        return options, {}
+
+    def _session(self, graph: str) -> Any:
+        if graph not in self._sessions:
+            self._sessions[graph] = self._load(graph)
+        return self._sessions[graph]
+
+    def _load(self, graph: str) -> Any:
+        options, provider_options = self._options()
         path = self._engine / f"{graph}.onnx"
         try:
-            session = self._ort.InferenceSession(path, options, providers=[(self._provider, self._provider_options)])
+            session = self._ort.InferenceSession(path, options, providers=[(self.provider, provider_options)])
         except Exception as error:  # ONNX Runtime's own exceptions share no base of their own
-            raise BackendError(f"{path}: ONNX Runtime cannot run it on {self.device}: {_first_line(error)}") from error
-        running = session.get_providers()[0]
-        if running != self._provider:
-            # ONNX Runtime falls back to the CPU with a mere log line when CUDA fails to start.
-            raise DeviceError(
-                f"device {self.device}: {self._provider} did not start, ONNX Runtime chose {running}; check the GPU "
-                "driver and CUDA libraries, or give device cpu"
-            )
+            raise BackendError(f"{path}: ONNX Runtime cannot run it on {self.device}: {first_line(error)}") from error
         return session
+
+
+def _import_onnxruntime() -> Any:
+    """ONNX Runtime.
+
+    Raises
+    ------
+    InputError
+        If it is not installed, or both of its packages are.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InstallError(
+            "ONNX Runtime is not installed; run: pip install 'stpath-engine[cpu]' (or [gpu], never both)"
+        ) from error
+    if both := [found for package in PACKAGES if (found := installed(package)) is not None][1:]:
+        raise InstallError(
+            f"both {' and '.join(PACKAGES)} ({both[0]}) are installed, over each other; run: pip uninstall -y "
+            f"{' '.join(PACKAGES)} && pip install 'stpath-engine[cpu]' (or [gpu], never both)"
+        )
+    return onnxruntime
 
 
 @cache
@@ -102,5 +104,6 @@ def _share_host_memory(ort: ModuleType) -> None:
     ort.create_and_register_allocator(host, ort.OrtArenaCfg(0, as_requested, -1, -1))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

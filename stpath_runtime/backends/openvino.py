@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,8 @@ import numpy.typing as npt
 from ..errors import BackendError, DeviceError, InstallError
 from ..manifest import MANIFEST
 from ..memory import available_on_host
-from . import Arrays
+from . import ENOUGH_ROWS, Arrays
+from .workspace import HostWorkspace
 
 if TYPE_CHECKING:
     import openvino
@@ -66,6 +67,7 @@ class OpenVinoBackend:
 
     name = "openvino"
     device = "cpu"
+    enough_rows = ENOUGH_ROWS
 
     def __init__(self, engine: Path, device: str, precision: str) -> None:
         if device != "cpu":
@@ -101,6 +103,10 @@ class OpenVinoBackend:
         given = {name: self._tensor(graph, name, array) for name, array in inputs.items()}
         outputs = request.infer(given, share_inputs=True, share_outputs=True)  # no copies: the request is ours alone
         return [_bits(array) for array in outputs.values()]
+
+    def workspace(self) -> AbstractContextManager[HostWorkspace]:
+        """Host memory, for any number of threads."""
+        return nullcontext(HostWorkspace(self.run))
 
     def available_memory(self) -> int:
         """Bytes that the device has to give."""

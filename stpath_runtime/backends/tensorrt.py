@@ -5,6 +5,8 @@ Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cuda import Gpu
+from ..cuda import DeviceArray, Gpu
 from ..errors import PlanError
 from ..plans import LIBRARIES, Range, check_plans, import_tensorrt, last_error, plans_folder, quiet_logger
-from . import Arrays
+from . import ENOUGH_ROWS, Arrays
+from .workspace import GpuWorkspace, gpu_workspace
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class TensorRtBackend:
         built from this engine's graphs by this TensorRT.
     """
 
+    enough_rows = ENOUGH_ROWS  # which plans are built for
+
     def __init__(self, engine: Path, device: str, library: str = "tensorrt") -> None:
         self.name = library
         self._trt = import_tensorrt(library)
@@ -64,36 +69,56 @@ class TensorRtBackend:
         InputError
             If a shape is out of the range that the plan was built for, or the GPU has too little memory.
         """
-        if graph not in self._loaded:
-            self._loaded[graph] = self._load(graph)
-        plan, gpu = self._loaded[graph], self._gpu
-        gpu.use()
-        arrays = {name: np.ascontiguousarray(inputs[name], dtype) for name, dtype in plan.inputs.items()}
-        for name, array in arrays.items():
-            self._require_in_range(graph, name, array.shape)
-            plan.context.set_input_shape(name, array.shape)
-            plan.context.set_tensor_address(name, gpu.upload(name, array))
-        shapes = {name: tuple(plan.context.get_tensor_shape(name)) for name in plan.outputs}
-        for name, dtype in plan.outputs.items():
-            size = int(np.prod(shapes[name])) * np.dtype(dtype).itemsize
-            plan.context.set_tensor_address(name, gpu.reserve(name, size))
-        # Activations of these shapes, not of the largest, in memory that all plans share: they run one by one.
-        size = plan.context.update_device_memory_size_for_shapes()
-        plan.context.set_device_memory(gpu.reserve("activations", max(1, size)), size)
-        if not plan.context.execute_async_v3(gpu.stream):
-            raise RuntimeError(f"{graph}: {LIBRARIES[self.name]} did not run it: {last_error(self._log)}")
-        outputs = [gpu.download(name, shapes[name], dtype) for name, dtype in plan.outputs.items()]
-        gpu.synchronize()
-        return outputs
+        gpu = self._gpu
+        with gpu.alone:
+            gpu.use()
+            plan = self._plan(graph)
+            given = {name: gpu.upload(name, np.asarray(inputs[name], dtype)) for name, dtype in plan.inputs.items()}
+            self._take(graph, given)
+            shapes = {name: tuple(plan.context.get_tensor_shape(name)) for name in plan.outputs}
+            outputs = {name: gpu.empty(name, shapes[name], dtype) for name, dtype in plan.outputs.items()}
+            self._queue(graph, outputs)
+            found = [gpu.download(array) for array in outputs.values()]
+            gpu.synchronize()
+        return found
+
+    def workspace(self) -> AbstractContextManager[GpuWorkspace]:
+        """Memory of the GPU, for one thread at a time."""
+        return gpu_workspace(self._gpu, self._launch)
 
     def available_memory(self) -> int:
         """Bytes that the device has to give."""
         return self._gpu.free_memory()
 
+    def _launch(self, graph: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
+        self._take(graph, inputs)
+        self._queue(graph, outputs)
+
+    def _take(self, graph: str, inputs: Mapping[str, DeviceArray]) -> None:
+        plan = self._plan(graph)
+        for name, array in inputs.items():
+            self._require_in_range(graph, name, array.shape)
+            plan.context.set_input_shape(name, array.shape)
+            plan.context.set_tensor_address(name, array.address)
+
+    def _queue(self, graph: str, outputs: Mapping[str, DeviceArray]) -> None:
+        plan, gpu = self._plan(graph), self._gpu
+        for name, array in outputs.items():
+            plan.context.set_tensor_address(name, array.address)
+        # Activations of these shapes, not of the largest, in memory that all plans share: they run one by one.
+        size = plan.context.update_device_memory_size_for_shapes()
+        plan.context.set_device_memory(gpu.reserve("activations", max(1, size)), size)
+        if not plan.context.execute_async_v3(gpu.stream):
+            raise RuntimeError(f"{graph}: {LIBRARIES[self.name]} did not run it: {last_error(self._log)}")
+
+    def _plan(self, graph: str) -> _Loaded:
+        if graph not in self._loaded:
+            self._loaded[graph] = self._load(graph)
+        return self._loaded[graph]
+
     def _load(self, graph: str) -> _Loaded:
         if graph not in self._plans.plans:
             raise PlanError(f"{graph}: TensorRT runs the stages only, {', '.join(self._plans.plans)}")
-        self._gpu.use()
         path, trt = self._folder / f"{graph}.plan", self._trt
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:

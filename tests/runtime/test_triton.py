@@ -93,13 +93,13 @@ def test_fused_graph_gives_the_engines_numbers(engine, repository, slide, tmp_pa
     keys = engine.keys([slide], Spots.of([slide], [None]), *engine.attention(None, None))
     spots = keys.spots(slice(0, keys.rows))
     coords = {"coords": slide.normalized_coords().astype(np.float32)}
-    one_a_row, mask = np.ones((keys.rows, 1), np.float32), np.array([1])
-    (gene_row,) = tokens.run(None, {"values": one_a_row, "token_ids": mask})
+    (gene_rows,) = tokens.run(None, {"values": np.ones((1, 1), np.float32), "token_ids": np.array([1])})
     inputs = {
         "features": slide.features[spots],
         "organ": np.full(keys.rows, slide.organ_token),
         "technology": np.full(keys.rows, slide.technology_token),
-        "gene_row": gene_row,
+        "gene_rows": gene_rows,
+        "gene_row": np.zeros(keys.rows, np.int64),
         "token_ids": engine.vocabulary.tokens(["GENE3", "GENE7"]),
         **(keys.whole() if isinstance(keys, NearestSpots) else coords),
     }

@@ -1,0 +1,117 @@
+"""Where x, k and v of a slide are while the stages run over them: in the memory of the device that runs the stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cuda import DeviceArray, Gpu
+
+Array = npt.NDArray[Any] | DeviceArray
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+
+class Workspace(Protocol):
+    """Arrays of one slide by name, and what runs graphs on them."""
+
+    takes_all_keys: bool  # a tile is handed k and v of all rows: it costs nothing to name rows of them
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        """An array of zeros, to be written by `run`."""
+        ...
+
+    def keep(self, name: str, array: npt.NDArray[Any]) -> Any:
+        """An array that several calls of `run` take."""
+        ...
+
+    def run(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Any]) -> None:
+        """Run a graph and write what it gives, by name, to rows of arrays; those may be rows that it takes, too."""
+        ...
+
+    def fetch(self, array: Any) -> npt.NDArray[Any]:
+        """The array, in host memory."""
+        ...
+
+
+class HostWorkspace:
+    """Host memory: arrays are NumPy's, and results are copied to where they belong."""
+
+    # A graph may copy or convert what it takes, so a tile gets the rows that it needs.
+    takes_all_keys = False
+
+    def __init__(self, run: Callable[[str, Arrays], list[npt.NDArray[Any]]]) -> None:
+        self._run = run
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An array of zeros."""
+        return np.zeros(shape, dtype)
+
+    def keep(self, name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array itself."""
+        return array
+
+    def run(self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Run a graph, and copy its results."""
+        for rows, found in zip(outputs.values(), self._run(graph, inputs), strict=True):
+            rows[...] = found
+
+    def fetch(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The array itself."""
+        return array
+
+
+Launch = Callable[[str, Mapping[str, DeviceArray], Mapping[str, DeviceArray]], None]
+
+
+class GpuWorkspace:
+    """Memory of a GPU, used again by the next slide: features go up once, and the embedding comes down once.
+
+    Parameters
+    ----------
+    launch
+        Queues a graph in the GPU's stream: its name, inputs and outputs.
+    """
+
+    takes_all_keys = True
+
+    def __init__(self, gpu: Gpu, launch: Launch) -> None:
+        self._gpu, self._launch = gpu, launch
+
+    def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """An array of zeros."""
+        return self._gpu.zeros(f"kept {name}", shape, dtype)
+
+    def keep(self, name: str, array: npt.NDArray[Any]) -> DeviceArray:
+        """A copy of the array."""
+        return self._gpu.upload(f"kept {name}", array)
+
+    def run(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, DeviceArray]) -> None:
+        """Queue a graph; what is not on the GPU goes there."""
+        given = {
+            name: array if isinstance(array, DeviceArray) else self._gpu.upload(name, array)
+            for name, array in inputs.items()
+        }
+        # A graph may write before it has read everything, so rows that it takes are not those that it writes.
+        taken = [name for name, rows in outputs.items() if any(rows.overlaps(array) for array in given.values())]
+        apart = {name: self._gpu.empty(name, outputs[name].shape, outputs[name].dtype) for name in taken}
+        self._launch(graph, given, {**outputs, **apart})
+        for name, array in apart.items():
+            self._gpu.copy(array, outputs[name])
+
+    def fetch(self, array: DeviceArray) -> npt.NDArray[Any]:
+        """The array in host memory, when all that was queued is done."""
+        found = self._gpu.download(array)
+        self._gpu.synchronize()
+        return found
+
+
+@contextmanager
+def gpu_workspace(gpu: Gpu, launch: Launch) -> Iterator[GpuWorkspace]:
+    """The GPU's workspace, for one thread alone."""
+    with gpu.alone:
+        gpu.use()
+        yield GpuWorkspace(gpu, launch)

@@ -1,0 +1,216 @@
+"""ONNX Runtime for CUDA, on a GPU made of the host: the provider is the CPU's, on the memory and in the order of a GPU.
+
+No test runs a kernel of CUDA.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cuda.bindings
+import numpy as np
+import onnxruntime
+import pytest
+from host_gpu import ALIGNED, HostGpu
+
+from helpers import relative_l2
+from stpath_export.proof import random_slide
+from stpath_runtime import Context, Engine, InputError
+from stpath_runtime.backends import onnxruntime_cuda
+from stpath_runtime.backends.workspace import GpuWorkspace
+
+WAYS = [{"attention": "global"}, {"attention": "knn", "neighbors": 9}]
+
+
+class CudaSession:
+    """A session that says it runs on CUDA, and does when the GPU comes to it."""
+
+    def __init__(self, gpu, real, path, options, provider_options):
+        self.options = provider_options
+        assert options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
+        self.gpu = gpu
+        self.session = real(path, providers=["CPUExecutionProvider"])
+        self.run = self.session.run
+
+    def get_providers(self):
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def io_binding(self):
+        return Binding(self.session.io_binding(), self.gpu)
+
+    def run_with_iobinding(self, binding, options):
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        self.gpu.queue.append(lambda: self.session.run_with_iobinding(binding.real))
+
+
+class Binding:
+    """Ends of a graph on the GPU's memory, which is the host's."""
+
+    def __init__(self, real, gpu):
+        self.real, self.gpu = real, gpu
+
+    def bind_input(self, name, device, index, dtype, shape, address):
+        self._require_on_gpu(device, index, dtype, shape, address)
+        self.real.bind_input(name, "cpu", 0, dtype, shape, address)
+
+    def bind_output(self, name, device, index, dtype, shape, address):
+        self._require_on_gpu(device, index, dtype, shape, address)
+        self.real.bind_output(name, "cpu", 0, dtype, shape, address)
+
+    def _require_on_gpu(self, device, index, dtype, shape, address):
+        assert (device, index) == ("cuda", 0)
+        assert address % ALIGNED == 0
+        self.gpu.require_held(address, int(np.prod(shape)) * np.dtype(dtype).itemsize)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    gpu = HostGpu()
+    real, made = onnxruntime.InferenceSession, []
+
+    def session(path, options, providers):
+        ((provider, provider_options),) = providers
+        if provider == "CPUExecutionProvider":
+            return real(path, options, providers=providers)
+        made.append(CudaSession(gpu, real, path, options, provider_options))
+        return made[-1]
+
+    gpu.sessions = made
+    monkeypatch.setattr(cuda.bindings, "runtime", gpu)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "create_and_register_allocator_v2", lambda *_: None)  # there is no CUDA's
+    return gpu
+
+
+@pytest.fixture
+def engine(tiny_engine, gpu):
+    loaded = Engine.load(tiny_engine, device="cuda")
+    loaded._approximation_told = True
+    return loaded
+
+
+@pytest.fixture
+def exact(tiny_engine):
+    loaded = Engine.load(tiny_engine)
+    loaded._approximation_told = True
+    return loaded
+
+
+def a_context(slide, genes):
+    counts = np.random.default_rng(1).poisson(2, (5, 20))
+    return Context(slide.barcodes[:5], counts, genes[:20])
+
+
+@pytest.mark.parametrize("how", WAYS, ids=lambda how: how["attention"])
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_slides_run_on_the_gpu(engine, exact, gpu, tiny, how, rows, monkeypatch):
+    monkeypatch.setattr(engine.backend, "enough_rows", rows)
+    for spots in (70, 1_501, 5):  # memory grows, and is used again; 1,501 keys are padded
+        slide = random_slide(spots, tiny.model.config.n_features, spots, "Kidney", "Visium")
+        context = a_context(slide, tiny.vocabulary.symbols)
+        found = engine.predict(slide, context=context, **how)
+        assert relative_l2(found.X, exact.predict(slide, context=context, **how).X) < 1e-6
+    assert (found.uns["stpath"]["backend"], found.uns["stpath"]["device"]) == ("onnxruntime", "cuda:0")
+    assert not gpu.queue
+    assert gpu.sessions[0].options["user_compute_stream"] == "7"
+
+
+def test_memory_is_kept_and_counted(engine, gpu, tiny):
+    slide = random_slide(1_000, tiny.model.config.n_features, 0)
+    first = engine.embed(slide)
+    asked = len(gpu.asked)
+    np.testing.assert_array_equal(engine.embed(slide), first)
+    assert len(gpu.asked) == asked
+    assert engine.backend.available_memory() == gpu.size
+
+
+def test_features_go_up_once_and_the_embedding_comes_down_once(engine, gpu, tiny, monkeypatch):
+    moved = {"up": 0, "down": 0}
+    real = HostGpu.cudaMemcpyAsync
+
+    def counted(self, to, source, size, kind, stream):
+        moved["up"] += size * (kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        moved["down"] += size * (kind == self.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        return real(self, to, source, size, kind, stream)
+
+    monkeypatch.setattr(HostGpu, "cudaMemcpyAsync", counted)
+    slide = random_slide(1_000, tiny.model.config.n_features, 0)
+    embedding = engine.embed(slide)
+    assert moved["down"] == embedding.nbytes
+    assert slide.features.nbytes <= moved["up"] < slide.features.nbytes + 100 * len(slide)
+
+
+def test_threads_take_turns(engine, exact, tiny):
+    slides = [random_slide(spots, tiny.model.config.n_features, spots) for spots in (300, 310, 320, 330)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(engine.embed, slides))
+    for slide, embedding in zip(slides, found, strict=True):
+        assert relative_l2(embedding, exact.embed(slide)) < 1e-6
+
+
+def test_rows_that_a_graph_takes_are_not_those_that_it_writes(gpu):
+    from stpath_runtime.cuda import Gpu
+
+    seen = {}
+
+    def launch(graph, inputs, outputs):
+        seen.update(inputs=inputs, outputs=outputs)
+
+    at = GpuWorkspace(Gpu("cuda:0"), launch)
+    x = at.zeros("x", (8, 4), np.float32)
+    at.run("block_1", {"x": x[2:4]}, {"x_next": x[2:4], "k_next": at.zeros("k", (8, 4), np.float32)[2:4]})
+    assert not seen["outputs"]["x_next"].overlaps(seen["inputs"]["x"])
+    at.fetch(x)
+    gpu.array(seen["outputs"]["x_next"].address, (2, 4), np.float32)[...] = 3
+    at.run("block_1", {"x": x[2:4]}, {"x_next": x[2:4]})
+    np.testing.assert_array_equal(at.fetch(x)[:, 0], [0, 0, 3, 3, 0, 0, 0, 0])
+
+
+# Refusals
+
+
+def test_too_little_memory_for_one_tile(engine, gpu, tiny):
+    gpu.size = 1 << 16
+    slide = random_slide(1_000, tiny.model.config.n_features, 0)
+    with pytest.raises(InputError, match="of memory do not hold one tile of 1,000 spots; the least that works is"):
+        engine.embed(slide)
+    with pytest.raises(InputError, match="cuda:0: not enough GPU memory for .* MiB; give less with --memory"):
+        engine.embed(slide, memory=1 << 30)
+
+
+def test_a_graph_that_finds_no_memory(engine, tiny, monkeypatch):
+    def fail(self, binding, options):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 123")
+
+    monkeypatch.setattr(CudaSession, "run_with_iobinding", fail)
+    with pytest.raises(InputError, match="cuda:0: not enough GPU memory for a tile of embed; give less with --memory"):
+        engine.embed(random_slide(10, tiny.model.config.n_features, 0))
+
+
+def test_a_fault_of_a_kernel_is_not_taken_for_one_of_the_input(engine, tiny, monkeypatch):
+    def fail(self, binding, options):
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(CudaSession, "run_with_iobinding", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        engine.embed(random_slide(10, tiny.model.config.n_features, 0))
+
+
+def test_a_provider_that_is_not_installed(tiny_engine):
+    with pytest.raises(InputError, match=r"runs on the CPU only; .*'stpath-engine\[gpu\]'"):
+        onnxruntime_cuda.OnnxRuntimeCudaBackend(tiny_engine, "cuda:0")
+
+
+def test_a_device_that_is_not_there(tiny_engine, gpu):
+    with pytest.raises(InputError, match=r"device cuda:1: not there \(there are 1, from cuda:0\)"):
+        Engine.load(tiny_engine, device="cuda:1")
+
+
+def test_a_session_that_fell_back_to_the_cpu_is_refused(engine, monkeypatch):
+    monkeypatch.setattr(CudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
+    said = lambda: print("Failed to load libcudnn.so.9: no such file")  # noqa: E731, T201
+    monkeypatch.setattr(onnxruntime, "preload_dlls", said)
+    onnxruntime_cuda._preload_libraries.cache_clear()
+    with pytest.raises(InputError, match=r"CUDAExecutionProvider did not start, .* \(Failed to load libcudnn"):
+        engine.decode(np.ones((1, 64)))
