@@ -6,7 +6,9 @@ import sys
 from importlib.metadata import version as installed
 from pathlib import Path
 
+from pygments.lexers.special import TextLexer
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon.docstring import NumpyDocstring
 
 sys.path.insert(0, str(Path(__file__).parent))
 import messages
@@ -46,6 +48,7 @@ autodoc_default_options = {"members": True}
 autodoc_type_aliases = {name: name for name in ("OnTile", "Floats", "Ints", "Arrays")}
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+NumpyDocstring._parse_attribute_docstring = NumpyDocstring._consume_to_end  # else what stands before a colon is a type
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),  # code that is no object of this documentation
@@ -72,5 +75,6 @@ def add_messages(app: Sphinx, page: str, source: list[str]) -> None:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.add_lexer("csv", TextLexer)  # Pygments has none
     app.connect("source-read", add_messages)
     app.connect("object-description-transform", shorten_types, priority=400)  # before types are written

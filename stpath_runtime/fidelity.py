@@ -27,9 +27,9 @@ class Fidelity:
     """One k beside the way that the model was trained."""
 
     neighbors: int
-    relative_l2: float  # of the embedding
-    pearson: tuple[float, ...]  # QUANTILES over the genes, of r over the spots
-    seconds: float  # of the encoder
+    relative_l2: float  #: of the embedding
+    pearson: tuple[float, ...]  #: QUANTILES over the genes, of r over the spots
+    seconds: float  #: of the encoder
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class FidelityReport:
     slide: str
     spots: int
     genes: int
-    trained: str  # "global", or "knn 32"
-    trained_seconds: float  # of the encoder, attending as trained
+    trained: str  #: "global", or "knn 32"
+    trained_seconds: float  #: of the encoder, attending as trained
     rows: list[Fidelity]
 
 

@@ -69,11 +69,11 @@ def usual_distance(coords: npt.NDArray[np.generic]) -> float:
 class Plan:
     """Blocks of one or more slides, and the keys of each."""
 
-    spot: Ints  # [R], the spot of each row; -1 in rows that pad a block
-    row: Ints  # [N], the row of each spot
-    key_start: Ints  # [blocks + 1], where a block's keys begin in key_row
-    key_row: Ints  # the rows that are a block's keys, block after block, each sorted
-    place: npt.NDArray[np.int32]  # [R, k], where in its block's keys a row's neighbours are; rows that pad: 0
+    spot: Ints  #: [R], the spot of each row; -1 in rows that pad a block
+    row: Ints  #: [N], the row of each spot
+    key_start: Ints  #: [blocks + 1], where a block's keys begin in key_row
+    key_row: Ints  #: the rows that are a block's keys, block after block, each sorted
+    place: npt.NDArray[np.int32]  #: [R, k], where in its block's keys a row's neighbours are; rows that pad: 0
 
     @property
     def blocks(self) -> int:

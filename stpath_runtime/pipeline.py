@@ -71,8 +71,8 @@ class Settings:
 class Job:
     """One slide of a cohort."""
 
-    slide: str  # a path, or a URL
-    target: str  # of its result
+    slide: str  #: a path, or a URL
+    target: str  #: of its result
     organ: str | None = None
     technology: str | None = None
     context: str | None = None

@@ -31,11 +31,11 @@ class Prediction:
     """A slide of N spots, encoded, and the G genes to decode."""
 
     engine: Engine
-    frame: AnnData  # the result but for X
-    embedding: npt.NDArray[np.floating]  # [N, d]
-    tokens: npt.NDArray[np.int64]  # [G]; the last G of the frame's genes
-    measured: ContextRows | None = None  # what takes the place of predicted values
-    earlier: Any = None  # X of a file, whose genes come first
+    frame: AnnData  #: the result but for X
+    embedding: npt.NDArray[np.floating]  #: [N, d]
+    tokens: npt.NDArray[np.int64]  #: [G]; the last G of the frame's genes
+    measured: ContextRows | None = None  #: what takes the place of predicted values
+    earlier: Any = None  #: X of a file, whose genes come first
 
     def tiles(self) -> Iterator[Tile]:
         """Expression, log1p of raw counts, tile by tile; no two overlap, and together they are X."""

@@ -31,9 +31,9 @@ class Sample:
     """The spots of the sample slide."""
 
     barcodes: list[str]
-    coords: npt.NDArray[np.int64]  # [N, 2], pixels
+    coords: npt.NDArray[np.int64]  #: [N, 2], pixels
     regions: list[str]
-    fractions: npt.NDArray[np.float32]  # [N, 9], in the order of CELL_TYPES
+    fractions: npt.NDArray[np.float32]  #: [N, 9], in the order of CELL_TYPES
 
 
 def load_sample() -> Sample:

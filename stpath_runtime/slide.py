@@ -22,10 +22,10 @@ FAR = 1.5  # times smaller or larger: a scale that the model has hardly seen
 class Patch:
     """The square of tissue that the features of a spot are of, as far as a file tells."""
 
-    pixels: int  # its side, at the magnification at which it was read
-    magnification: float  # at which it was read: 20 is 0.5 um a pixel
-    level0_pixels: int | None = None  # its side in the pixels of the coordinates
-    level0_magnification: float | None = None  # of the coordinates
+    pixels: int  #: its side, at the magnification at which it was read
+    magnification: float  #: at which it was read: 20 is 0.5 um a pixel
+    level0_pixels: int | None = None  #: its side in the pixels of the coordinates
+    level0_magnification: float | None = None  #: of the coordinates
 
     @property
     def microns(self) -> float:

@@ -42,10 +42,10 @@ class World:
     """What all slides of a cohort share."""
 
     vocabulary: GeneVocabulary
-    signatures: Floats  # [T, G] log of a cell type's mean counts
-    programs: Floats  # [P, G] genes that vary together, from place to place and from patient to patient
-    impressions: Floats  # [T, I] how fractions strike the eye
-    mixing: tuple[Floats, Floats]  # [I, 2I], [2I, F]: two layers from an impression to features
+    signatures: Floats  #: [T, G] log of a cell type's mean counts
+    programs: Floats  #: [P, G] genes that vary together, from place to place and from patient to patient
+    impressions: Floats  #: [T, I] how fractions strike the eye
+    mixing: tuple[Floats, Floats]  #: [I, 2I], [2I, F]: two layers from an impression to features
 
     @classmethod
     def create(cls, seed: int = 0) -> World:

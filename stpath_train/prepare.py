@@ -81,10 +81,10 @@ class Options:
 class Summary:
     """What a run of `prepare` did; as text, a line of it."""
 
-    records: list[Record] = field(default_factory=list)  # of the slides that are in the store now
-    skipped: int = 0  # of them, those that were there already, unchanged
-    excluded: Counter[str] = field(default_factory=Counter)  # slides that each rule took away
-    failed: dict[str, Failure] = field(default_factory=dict)  # slide or task, and why
+    records: list[Record] = field(default_factory=list)  #: of the slides that are in the store now
+    skipped: int = 0  #: of them, those that were there already, unchanged
+    excluded: Counter[str] = field(default_factory=Counter)  #: slides that each rule took away
+    failed: dict[str, Failure] = field(default_factory=dict)  #: slide or task, and why
 
     def __str__(self) -> str:
         spots, genes = sum(record.spots for record in self.records), [record.genes for record in self.records]

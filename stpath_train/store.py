@@ -48,17 +48,17 @@ OPEN_SLIDES = 64  # files that a loading process keeps open
 class Record:
     """A slide of a store, as `slides.csv` has it."""
 
-    slide: str  # its id, and the name of its file
-    organ: str  # as in stpath_runtime.vocabulary.ORGANS
-    technology: str  # as in TECHNOLOGIES; empty where unknown
+    slide: str  #: its id, and the name of its file
+    organ: str  #: as in stpath_runtime.vocabulary.ORGANS
+    technology: str  #: as in TECHNOLOGIES; empty where unknown
     species: str = ""
-    patient: str = ""  # slides of one patient never stand on both sides of a split; empty: a patient of its own
-    source: str = ""  # the data set that it comes from
-    counts: str = "raw"  # of UNITS
-    label: str = ""  # what is to be predicted of the whole slide, where that is known
+    patient: str = ""  #: slides of one patient never stand on both sides of a split; empty: a patient of its own
+    source: str = ""  #: the data set that it comes from
+    counts: str = "raw"  #: of UNITS
+    label: str = ""  #: what is to be predicted of the whole slide, where that is known
     spots: int = 0
-    genes: int = 0  # of the vocabulary, measured
-    made_from: str = ""  # a hash of the files and options that it was made from
+    genes: int = 0  #: of the vocabulary, measured
+    made_from: str = ""  #: a hash of the files and options that it was made from
 
     def __post_init__(self) -> None:
         organ_token(self.organ)
@@ -74,7 +74,7 @@ class Task:
     """A benchmark task: which genes to predict, and which slides to learn from and to test on."""
 
     genes: list[str]
-    folds: list[dict[str, list[str]]]  # each {"train": slides, "test": slides}
+    folds: list[dict[str, list[str]]]  #: each {"train": slides, "test": slides}
 
 
 class Failure(NamedTuple):

@@ -35,10 +35,10 @@ class Evaluation:
     """What a task found."""
 
     task: str
-    protocols: dict[str, str]  # name -> what is computed, and who published it
-    figures: list[Row]  # each with a protocol, a metric, its value and what it is over
-    rows: list[Row]  # of results.csv
-    pictures: dict[str, Figure] = field(default_factory=dict)  # by file name
+    protocols: dict[str, str]  #: name -> what is computed, and who published it
+    figures: list[Row]  #: each with a protocol, a metric, its value and what it is over
+    rows: list[Row]  #: of results.csv
+    pictures: dict[str, Figure] = field(default_factory=dict)  #: by file name
 
 
 def require_folder(out: Path) -> None:

@@ -39,6 +39,7 @@ NOT_RUN = [
     (r"^pip install ", "the package is not on a package index", check_extras),
     (r"^make ", "the tests, or what takes minutes and has tests of its own", check_target),
     (r"^(python -m )?pytest |^STPATH_WEIGHTS=", "tests and benchmarks run by themselves", check_path),
+    (r"^stpath bench compare ", "what it finds of two runs beside other tests is noise", check_parses),
     (r"^stpath .*--device cuda", "needs an NVIDIA GPU", check_parses),
     (r"^stpath .*--ray auto", "needs a Ray cluster and a folder that its machines share", check_parses),
     (r"^stpath data download", "fetches gigabytes from a page with terms", check_parses),

@@ -110,13 +110,27 @@ def test_collapsed_gradients_equal_those_of_the_literal_formula(case):
         assert torch.allclose(collapsed[name], p.grad, rtol=1e-8, atol=1e-9 * scale), name
 
 
-def test_frame_averaging_leaves_weight_times_distance():
-    rng = np.random.default_rng(0)
-    attention = SpatialAttention(d_model=8, n_heads=2).double().requires_grad_(False)
-    attention.edge_bias[0].weight.data[:, :2] = 1e3  # the weights of the frame coordinates do not matter
-    coords = torch.from_numpy(rng.random((50, 2)) * 100)
-    collapsed = distance_bias(attention.distance_weight, coords, coords)
-    assert torch.allclose(literal_bias(attention, coords), collapsed, atol=1e-9)
+LAYOUTS = {
+    "scattered": 100 * np.random.default_rng(0).random((50, 2)),
+    "on a line": np.outer(np.arange(20.0), [3, 4]),  # one eigenvalue is 0
+    "a square grid": np.stack(np.divmod(np.arange(36.0), 6), axis=1),  # both agree: any axes are eigenvectors
+    "one spot": np.zeros((1, 2)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_frame_averaging_leaves_weight_times_distance(layout):
+    coords = torch.from_numpy(LAYOUTS[layout])
+    attention = SpatialAttention(d_model=8, n_heads=2).double()
+    weight = attention.edge_bias[0].weight  # [H, 3]: of two frame coordinates, and of the distance
+    weight.data[:, :2] = 1e3  # what they are does not matter
+    literal, collapsed = literal_bias(attention, coords), distance_bias(attention.distance_weight, coords, coords)
+    assert torch.allclose(literal, collapsed, atol=1e-9)
+
+    above = torch.randn(literal.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, expected = (torch.autograd.grad((bias * above).sum(), weight)[0] for bias in (collapsed, literal))
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(found[:, :2], torch.zeros(2, 2, dtype=torch.float64))  # and they learn nothing
 
 
 def test_slides_of_a_batch_do_not_see_each_other():
