@@ -91,7 +91,7 @@ def test_a_trained_model_goes_straight_into_an_engine_that_attends_as_it_was_tra
     store = a_store(tmp_path / "store")
     config = {
         "data": {"store": store.path, "spots": (16, 64), "workers": 0},
-        "model": {"d_model": 16, "n_heads": 2, "n_layers": 2, "d_mlp": 32, "attention": "knn", "neighbors": 8},
+        "model": {"d_model": 16, "n_heads": 2, "n_layers": 1, "d_mlp": 32, "attention": "knn", "neighbors": 8},
         "run": {"out": tmp_path / "run", "epochs": 1, "accelerator": "cpu"},
     }
     trained = train(TrainConfig.model_validate(config))
