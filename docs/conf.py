@@ -47,7 +47,6 @@ autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
 autodoc_type_aliases = {name: name for name in ("OnTile", "Floats", "Ints", "Arrays")}
 napoleon_google_docstring = False
-napoleon_use_rtype = False
 NumpyDocstring._parse_attribute_docstring = NumpyDocstring._consume_to_end  # else what stands before a colon is a type
 nitpicky = True
 nitpick_ignore_regex = [

@@ -90,7 +90,8 @@ class STPathInference:
 
         Returns
         -------
-        AnnData of N spots: X, log1p of raw counts; var_names the genes; `obsm["coordinates"]` the normalised ones.
+        AnnData
+            N spots: X, log1p of raw counts; var_names the genes; `obsm["coordinates"]` the normalised ones.
         """
         organ = _PUBLISHED_ORGANS.get(organ_type, organ_type) if organ_type is not None else None
         slide = Slide(coords, img_features, organ=organ, technology=tech_type)

@@ -43,7 +43,8 @@ def add_genes(
 
     Returns
     -------
-    The numbers of spots, of genes added and of genes kept.
+    tuple of int
+        The numbers of spots, of genes added and of genes kept.
 
     Raises
     ------

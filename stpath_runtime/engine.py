@@ -322,9 +322,10 @@ class Engine:
 
         Returns
         -------
-        AnnData of N spots: X float32, log1p of raw counts; obs_names the barcodes; var_names the names asked for, with
-        `var["gene_ids"]`; `obsm["spatial"]` the coordinates that came in; with a context `obs["context"]`, whether a
-        spot was a part of it; `uns["stpath"]` the provenance.
+        AnnData
+            N spots: X float32, log1p of raw counts; obs_names the barcodes; var_names the names asked for, with
+            `var["gene_ids"]`; `obsm["spatial"]` the coordinates that came in; with a context `obs["context"]`, whether
+            a spot was a part of it; `uns["stpath"]` the provenance.
 
         Raises
         ------

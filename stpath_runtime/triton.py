@@ -55,7 +55,8 @@ def write_model_repository(engine: str | Path, out: str | Path, device: str = "c
 
     Returns
     -------
-    The names of the models.
+    list of str
+        The names of the models.
 
     Raises
     ------

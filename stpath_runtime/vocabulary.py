@@ -182,7 +182,8 @@ class GeneVocabulary:
 
         Returns
         -------
-        int64 [G], in the order of the names.
+        NDArray[int64]
+            [G], in the order of the names.
 
         Raises
         ------

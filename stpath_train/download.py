@@ -59,7 +59,8 @@ def download(name: str, out: str | Path, *, slides: Sequence[str] = (), patterns
 
     Returns
     -------
-    The folder.
+    Path
+        The folder.
 
     Raises
     ------

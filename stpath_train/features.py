@@ -168,7 +168,8 @@ def extract(
 
     Returns
     -------
-    The number of patches.
+    int
+        The number of patches.
 
     Raises
     ------

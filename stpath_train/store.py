@@ -162,7 +162,8 @@ class Store:
 
         Returns
         -------
-        The record, filled in.
+        Record
+            Filled in.
 
         Raises
         ------
