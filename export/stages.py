@@ -188,8 +188,8 @@ class Graph:
 
     name: str
     module: nn.Module
-    inputs: dict[str, Tensor]  # examples, in the order of the module's arguments
-    sizes: dict[str, dict[int, Any]]  # input -> axis -> its size, a torch.export.Dim
+    inputs: dict[str, Tensor]  #: examples, in the order of the module's arguments
+    sizes: dict[str, dict[int, Any]]  #: input -> axis -> its size, a torch.export.Dim
     outputs: tuple[str, ...]
 
 

@@ -27,11 +27,11 @@ class ModelConfig:
     n_layers: int
     d_mlp: int
     n_features: int
-    n_tokens: int  # genes and the pad and mask tokens
+    n_tokens: int  #: genes and the pad and mask tokens
     n_organs: int
     n_technologies: int
-    attention: str = "global"  # every spot to every spot; or "knn", every spot to its nearest
-    neighbors: int = 0  # with "knn": to how many, itself included
+    attention: str = "global"  #: every spot to every spot; or "knn", every spot to its nearest
+    neighbors: int = 0  #: with "knn": to how many, itself included
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Manifest:
 
     schema: int
     model: ModelConfig
-    precision: str  # "fp32" or "fp16": the type of the weights and of what passes between the stages
+    precision: str  #: "fp32" or "fp16": the type of the weights and of what passes between the stages
     opset: int
-    encoder: str  # what computed the features that the model was trained on
-    checkpoint: dict[str, str]  # name and sha256
-    created: str  # ISO 8601, UTC
-    files: dict[str, str]  # path in the directory -> sha256
-    versions: dict[str, str]  # library -> version
-    parity: dict[str, Any]  # the proof, as stpath_export.proof writes it
+    encoder: str  #: what computed the features that the model was trained on
+    checkpoint: dict[str, str]  #: name and sha256
+    created: str  #: ISO 8601, UTC
+    files: dict[str, str]  #: path in the directory -> sha256
+    versions: dict[str, str]  #: library -> version
+    parity: dict[str, Any]  #: the proof, as stpath_export.proof writes it
 
     def write(self, directory: Path) -> None:
         """Write engine.json."""

@@ -35,9 +35,9 @@ BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 class Backend(Protocol):
     """Runs the graphs of one engine on one device."""
 
-    name: str  # as in BACKENDS
-    device: str  # "cpu" or "cuda:N"
-    enough_rows: int  # in a tile: more do not make the device busier
+    name: str  #: as in BACKENDS
+    device: str  #: "cpu" or "cuda:N"
+    enough_rows: int  #: in a tile: more do not make the device busier
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
