@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/triton
 
-.PHONY: demo demo-checkpoint test test-soak test-triton lint types bench dist setup clean
+.PHONY: demo demo-checkpoint test test-soak test-docs test-triton docs lint types bench dist setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
@@ -26,6 +26,14 @@ test: $(INSTALLED)
 # The same faults many more times: mutated files, and runs that are killed.
 test-soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m soak
+
+# Every command and code block of README and docs/, and the notebook.
+test-docs: $(INSTALLED)
+	$(BIN)/pytest -n 2 -m docs tests/docs
+
+# The site, in docs/_build; a warning is an error.
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 # Slides from a real Triton server.
 test-triton: $(TRITON)/.installed
@@ -70,4 +78,4 @@ $(TRITON)/.installed: $(INSTALLED)
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo demo-checkpoint build dist *.egg-info .benchmarks
+	rm -rf $(VENV) demo demo-checkpoint build dist docs/_build *.egg-info .benchmarks
