@@ -38,7 +38,7 @@ def test_inference_gives_the_published_outputs(agent, tiny):
 
 def test_a_checkpoint_is_exported_once_beside_itself(one_layer_checkpoint, tiny, tiny_genes, tmp_path, monkeypatch):
     checkpoint = shutil.copy(one_layer_checkpoint, tmp_path / "stfm.pth")
-    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # as in conftest: an export takes twice as long with it
+    monkeypatch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)  # an export takes twice as long with it
     first = STPathInference(str(tiny_genes), str(checkpoint), "cpu")
     (engine,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert engine.name.startswith("stfm.pth.engine-")
