@@ -23,8 +23,7 @@ import tensorrt_rtx as trt
 from cuda.bindings import runtime as cudart
 from host_gpu import HostGpu
 
-from helpers import load_golden, write_symbol_table
-from stpath_export.exporter import export_engine
+from helpers import load_golden
 from stpath_runtime import plan_builder
 from stpath_runtime.backends import open_backend
 from stpath_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -38,7 +37,6 @@ from stpath_runtime.manifest import MANIFEST, Manifest, sha256
 from stpath_runtime.plan_builder import Build, build_plan, new_monitor, parse
 from stpath_runtime.plans import SIDECAR, Plans, input_ranges, quiet_logger, stage_graphs
 from stpath_runtime.slide import Slide
-from stpath_train.checkpoint import save_checkpoint
 
 SM_89 = f"tensorrt_rtx-{trt.__version__}-sm_89"
 STAGES = ["tokens", "embed", "block_1", "block_2", "block_3", "knn_block_1", "knn_block_2", "knn_block_3", "head"]
@@ -102,17 +100,6 @@ class OnnxRuntimePlan:
 
     def _dtype(self, name):
         return trt.nptype(self.get_tensor_dtype(name))
-
-
-@pytest.fixture(scope="session")
-def tiny_fp16_engine(made_once) -> Path:
-    def fill(folder: Path) -> None:
-        golden = load_golden("tiny_context")
-        save_checkpoint(golden.model, folder / "model.safetensors")
-        genes = write_symbol_table(golden.vocabulary, folder / "symbol2ensembl.json")
-        export_engine(folder / "model.safetensors", folder / "engine", genes, "fp16")
-
-    return made_once("tiny_context_fp16", fill) / "engine"
 
 
 @pytest.fixture(scope="session", params=["fp32", "fp16"])
