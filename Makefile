@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/triton
 
-.PHONY: demo demo-checkpoint test test-soak test-docs test-triton docs lint types bench dist setup clean
+.PHONY: demo demo-checkpoint test test-soak test-docs test-triton docs lint types bench bench-quick dist setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
@@ -47,8 +47,12 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+# Alone on the machine: all, which takes long, or the key rows, in under 5 minutes on 2 cores.
 bench: $(INSTALLED)
-	$(BIN)/pytest benchmarks --benchmark-json=.benchmarks/latest.json
+	$(BIN)/pytest benchmarks --benchmark-quiet --benchmark-json=.benchmarks/pytest-benchmark.json
+
+bench-quick: $(INSTALLED)
+	$(BIN)/pytest benchmarks --quick --benchmark-quiet
 
 # Source and wheel for a release, in dist.
 dist: $(INSTALLED)

@@ -1,46 +1,48 @@
-"""A training step on a window of 1,024 spots, published sizes: against the literal formula with dense tokens."""
+"""A training step on a window of 1,024 spots: against the literal formula with dense tokens, its time and memory."""
 
 from __future__ import annotations
 
-import statistics
-import time
+from dataclasses import replace
 
-from training_step import a_batch, step_alone, steps
+import pytest
+import torch
 
-ROUNDS = 5
+from stpath_runtime.bench.results import Row
+from stpath_train.checkpoint import seeded_checkpoint
+from stpath_train.model import PUBLISHED_SIZES
+from stpath_train.training import masked_loss
+from training_step import SPOTS, a_batch, literal_loss, step_alone, steps
 
-
-def test_training_step(benchmark, report):
-    """Interleaved: the literal step runs before each round of ours, on the same model and batch."""
-    step = steps(a_batch())
-    losses = {kind: run() for kind, run in step.items()}
-    literal_seconds = []
-
-    def literal():
-        start = time.perf_counter()
-        losses["literal"] = step["literal"]()
-        literal_seconds.append(time.perf_counter() - start)
-
-    benchmark.pedantic(step["collapsed"], setup=literal, rounds=ROUNDS)
-    ours = benchmark.stats.stats.data
-    ratios = [a / b for a, b in zip(literal_seconds, ours, strict=True)]
-    benchmark.extra_info.update(literal_seconds=literal_seconds, ratios=ratios)
-    report(
-        "training step, 1,024 spots, 38,984 tokens, fp32: literal formula and dense tokens / ours",
-        f"{statistics.median(literal_seconds):.2f} s / {statistics.median(ours):.2f} s = "
-        f"{statistics.median(ratios):.1f}x (pairs {min(ratios):.1f} to {max(ratios):.1f})",
-        "4x",
-    )
+STEP = Row("training step", attention="global", spots=SPOTS)
 
 
-def test_memory_of_a_training_step(report):
-    ours, literal = (step_alone(kind) for kind in ("collapsed", "literal"))
-    for what, name in {
-        "above the process, weights, gradients and Adam's moments": "above",
-        "of the whole process, of which those are 1.3 GB": "peak",
-    }.items():
-        report(
-            f"training step, 1,024 spots: peak memory {what}, ours / literal",
-            f"{ours[name] / 1e9:.2f} GB / {literal[name] / 1e9:.2f} GB = {ours[name] / literal[name]:.2f}",
-            "0.5",
-        )
+@pytest.fixture
+def published_alone(pytestconfig):
+    if pytestconfig.getoption("--tiny"):
+        pytest.skip("of the published sizes alone")
+
+
+@pytest.mark.quick
+def test_time(in_turn, report, published_alone):
+    """Both steps are of one model and batch, and ours is held to the literal one by the loss before the first."""
+    model, batch = seeded_checkpoint(PUBLISHED_SIZES, 0), a_batch()
+    with torch.no_grad():
+        ours, literal = masked_loss(model, batch), literal_loss(model, batch)
+    step = steps(model, batch)
+    calls = {
+        replace(STEP, variant="ours"): step["collapsed"],
+        replace(STEP, variant="literal formula"): step["literal"],
+    }
+    for call in calls.values():
+        call()
+    first, second = in_turn(calls)
+    report([replace(first, relative_l2=abs(ours / literal - 1).item(), parity="the literal loss"), second])
+
+
+def test_memory(report, published_alone):
+    """Three steps in a fresh process; weights, gradients and Adam's moments take 1.3 GB of it."""
+    for variant, kind in {"ours": "collapsed", "literal formula": "literal"}.items():
+        found = step_alone(kind)
+        note = f"{found['above'] / 1e9:.2f} GB above the process and the state"
+        row = replace(STEP, what="training step, peak", variant=variant, note=note)
+        report([replace(row, seconds=(found["seconds"],), peak_bytes=int(found["peak"]))])

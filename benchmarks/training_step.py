@@ -6,16 +6,15 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from stpath_runtime.bench.timing import seconds_of
+from stpath_runtime.memory import memory_of_process
 from stpath_runtime.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.literal import literal_forward
@@ -40,9 +39,8 @@ def a_batch() -> Batch:
     return collate([masked_window(_SimulatedSlide(), np.arange(SPOTS), _masking(), np.random.default_rng(1))])
 
 
-def steps(batch: Batch) -> dict[str, Callable[[], float]]:
-    """The collapsed and the literal step on one model of the published sizes; each returns its loss."""
-    model = seeded_checkpoint(PUBLISHED_SIZES, 0)
+def steps(model: STPath, batch: Batch) -> dict[str, Callable[[], float]]:
+    """The collapsed and the literal step on one model; each returns its loss."""
     module = MaskedGeneModelling(model, 5e-4, 100)
     adam = module.configure_optimizers()["optimizer"]
 
@@ -100,20 +98,14 @@ class _SimulatedSlide:
 
 def _main(kind: str) -> None:
     batch = a_batch()
-    before = _status("VmRSS")
-    step = steps(batch)[kind]
+    before = memory_of_process("VmRSS")
+    model = seeded_checkpoint(PUBLISHED_SIZES, 0)
+    step = steps(model, batch)[kind]
     for _ in range(3):
-        start = time.perf_counter()
-        step()
-        seconds = time.perf_counter() - start
-    # Not ru_maxrss: a child's starts at what its parent held when it forked.
-    peak = _status("VmHWM")
-    state = 4 * 4 * sum(value.numel() for value in seeded_checkpoint(PUBLISHED_SIZES, 0).state_dict().values())
+        seconds = seconds_of(step)
+    peak = memory_of_process()
+    state = 4 * 4 * sum(value.numel() for value in model.state_dict().values())
     print(json.dumps({"seconds": seconds, "peak": peak, "above": peak - before - state}))
-
-
-def _status(field: str) -> int:
-    return int(re.search(field + r":\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ..output import require_writable, written_whole
 from ..progress import progress_bar
 
 REGRESSION = 4  # the exit code
-MEASURE = "measure"  # what no name is given for
+MEASURE, COMPARE = "ENGINE", "compare"  # the first is what has no name
 NEIGHBORS = 32  # for a model that attends globally
 
 
@@ -30,12 +30,15 @@ class _EngineOrCompare(TyperGroup):
     """`bench ENGINE`, unless the first word is a command: `bench compare OLD NEW`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = args[:1] == ["compare"]
-        return super().parse_args(ctx, args if named else [MEASURE, *args])
+        return super().parse_args(ctx, _named(args))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        name, command, rest = super().resolve_command(ctx, args)
+        name, command, rest = super().resolve_command(ctx, _named(args))
         return "" if name == MEASURE else name, command, rest  # its usage reads `stpath bench ENGINE`
+
+
+def _named(args: list[str]) -> list[str]:
+    return args if args[:1] in ([MEASURE], [COMPARE]) else [MEASURE, *args]
 
 
 bench = typer.Typer(
@@ -90,7 +93,7 @@ def measure(
         typer.echo("\n".join(str(path) for path in _write(results, out)))
 
 
-@bench.command()
+@bench.command(COMPARE)
 def compare(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="A bench.json.")],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="A later one, of the same sizes.")],

@@ -1,0 +1,45 @@
+"""How much memory a prediction takes: the peak of a fresh process that does nothing else, its slide in it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from stpath_runtime.bench.alone import Task, run_alone
+from stpath_runtime.bench.results import Row
+from stpath_runtime.memory import parse_bytes
+from torch_alone import run_torch_alone
+
+K = 32
+TORCH = {"global": ("PyTorch eager", "literal formula"), "knn": ("PyTorch eager", "PyTorch Geometric")}
+
+
+def quick(*values):
+    return pytest.param(*values, marks=pytest.mark.quick)
+
+
+@pytest.mark.parametrize(
+    ("attention", "k", "spots"),
+    [quick("global", 0, 3_000), ("global", 0, 5_000), ("global", 0, 20_000), ("knn", K, 5_000), ("knn", K, 20_000)],
+)
+def test_by_spots(report, engine_path, checkpoint, engines, size, pytestconfig, attention, k, spots):
+    row = Row("peak memory", attention=attention, neighbors=k, spots=size(spots), genes=50)
+    for engine in engines:
+        name, precision = engine.backend.name, engine.precision
+        found = run_alone(Task(str(engine_path), size(spots), 50, attention, k or None, name, precision=precision))
+        seconds = (found.encode + found.decode,)
+        report([replace(row, backend=name, precision=precision, seconds=seconds, peak_bytes=found.peak)])
+    for variant in () if pytestconfig.getoption("--quick") else TORCH[attention]:
+        if variant == "literal formula" and spots > 5_000:  # 6 GB there, and it grows with the square
+            continue
+        seconds, peak = run_torch_alone(checkpoint, engine_path, variant, size(spots), k)
+        report([replace(row, variant=variant, seconds=(seconds,), peak_bytes=peak)])
+
+
+def test_a_million_spots(report, engine_path, size):
+    """kNN, features in float16 (3.1 GB), `--memory 12G`."""
+    spots = size(1_000_000)
+    found = run_alone(Task(str(engine_path), spots, 50, "knn", K, dtype="float16", memory=parse_bytes("12G")))
+    row = Row("peak memory", backend="onnxruntime", attention="knn", neighbors=K, spots=spots, genes=50)
+    report([replace(row, seconds=(found.encode + found.decode,), peak_bytes=found.peak, note="--memory 12G")])

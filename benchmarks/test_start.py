@@ -1,0 +1,53 @@
+"""How long until the first result: imports, a cold load, the first call and warm calls, apart."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from stpath_runtime.bench.alone import Task, run_alone
+from stpath_runtime.bench.results import Row
+from stpath_runtime.bench.timing import seconds_of
+from stpath_runtime.slide import random_slide
+from variants import Case, by_engines
+
+pytestmark = pytest.mark.quick
+SPOTS = 500
+STARTS = {
+    "import stpath_runtime": ["-c", "import stpath_runtime"],
+    "stpath --help": ["-m", "stpath_runtime", "--help"],
+}
+
+
+@pytest.mark.parametrize("what", STARTS)
+def test_import(report, rounds, what):
+    """A process from its start to its end."""
+
+    def start():
+        subprocess.run([sys.executable, *STARTS[what]], capture_output=True, check=True)
+
+    start()  # what is compiled to bytecode is there
+    report([Row(what, "process", precision="", seconds=tuple(seconds_of(start) for _ in range(rounds)))])
+
+
+def test_load_and_first_call(report, rounds, engine_path, engines, size):
+    """Fresh processes, those of each backend in turn; the files are in the page cache, OpenVINO's graphs in its own."""
+    loads, calls = ({engine: [] for engine in engines} for _ in range(2))
+    for _ in range(rounds):
+        for engine in engines:
+            name, precision = engine.backend.name, engine.precision
+            found = run_alone(Task(str(engine_path), size(SPOTS), 50, "global", None, name, precision=precision))
+            loads[engine].append(found.load)
+            calls[engine].append(found.encode + found.decode)
+    for what, seconds in {"load": loads, "first call": calls}.items():
+        for engine, found in seconds.items():
+            sizes = {"attention": "global", "spots": size(SPOTS), "genes": 50} if what == "first call" else {}
+            by = {"backend": engine.backend.name, "precision": engine.precision}
+            report([Row(what, **by, **sizes, seconds=tuple(found))])
+
+
+def test_warm_call(compare, engines, panel, size):
+    case = Case(random_slide(size(SPOTS), engines[0].manifest.model.n_features, 0), "global", 0, panel)
+    compare(by_engines("warm call", engines, case), case)
