@@ -26,7 +26,7 @@ from readers_helpers import (
 )
 from scipy.sparse import csr_matrix
 
-from stpath_runtime.manifest import Manifest, ModelConfig, graph_files
+from stpath_runtime.manifest import SCHEMA, Manifest, ModelConfig, graph_files
 from stpath_runtime.vocabulary import GeneVocabulary
 
 WORKERS = 2
@@ -56,7 +56,7 @@ def write_originals(folder: Path) -> None:
     files = dict.fromkeys(["weights.bin", "genes.tsv.gz", *graph_files(1)], "0" * 64)
     parity = {"passed": True, "cases": [], "reference": "float64"}
     named = {"name": "model", "sha256": "0" * 64}
-    Manifest(1, model, "fp32", 23, "gigapath", named, "2026-11-01", files, {"numpy": "2"}, parity).write(folder)
+    Manifest(SCHEMA, model, "fp32", 23, "gigapath", named, "2026-11-01", files, {"numpy": "2"}, parity).write(folder)
 
 
 def run_worker(originals: Path, scratch: Path, first: int, cases: int) -> Counter:
