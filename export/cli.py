@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from stpath_runtime.commands import Backend, Device
 from stpath_runtime.errors import CheckpointError
 from stpath_runtime.progress import progress_bar
 from stpath_train.cli import TRAIN, require
+
+if TYPE_CHECKING:
+    from stpath_train.model import STPath
 
 LIBRARIES = ("torch", "torch_geometric", "onnx", "onnxscript", "safetensors")
 
@@ -49,7 +52,14 @@ def export(
 def verify(
     engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
     checkpoint: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="The checkpoint that it was made from.")],
-    slide: Annotated[Path | None, typer.Option(metavar="FILE", help="A features file to compare on, too.")] = None,
+    slide: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What to compare on, too: features, or the inputs.npz of a report's bundle."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write a report: the error stage by stage, pictures, what repeats a failure."),
+    ] = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
     precision: commands.Precision = None,
@@ -58,16 +68,38 @@ def verify(
     require_torch()
     from rich.console import Console
 
+    from stpath_runtime.engine import Engine
     from stpath_runtime.info import print_parity
-    from stpath_runtime.manifest import Manifest, sha256
     from stpath_runtime.readers import read_slide
+
+    from .bundle import read_case
+    from .proof import prove, require_passed
+    from .report import PAGE, require_folder, write_report
+
+    if report is not None:
+        require_folder(report)
+    backend = commands.chosen_backend(engine, backend, device, precision)
+    how: dict[str, Any] = {"backend": backend, "device": device, "precision": precision}
+    given = [] if slide is None else [read_case(slide) if slide.suffix == ".npz" else read_slide(slide)]
+    model, digest = _reference(checkpoint, engine)
+    with progress_bar(f"prove {engine.name}") as on_step:
+        proof = prove(engine, model, given, **how, on_step=on_step)
+    print_parity(proof, Console(width=None if Console().is_terminal else 160, highlight=False))
+    if report is not None:
+        options = {"checkpoint": checkpoint, "slide": slide, "report": report, **how}
+        source = {"name": checkpoint.name, "sha256": digest}
+        with progress_bar(f"trace {engine.name}") as on_step:
+            said = write_report(report, Engine.load(engine, **how), model, given, proof, options, source, on_step)
+        typer.echo(f"{report / PAGE}: {said}")
+    require_passed(proof)
+
+
+def _reference(checkpoint: Path, engine: Path) -> tuple[STPath, str]:
+    """The model that an engine is held to, and the SHA-256 of its file."""
+    from stpath_runtime.manifest import Manifest, sha256
     from stpath_train.checkpoint import load_checkpoint
 
-    from .proof import prove, require_passed
-
     manifest = Manifest.read(engine)
-    backend = commands.chosen_backend(engine, backend, device, precision)
-    slides = [read_slide(slide)] if slide is not None else []
     model = load_checkpoint(checkpoint)
     if model.config != manifest.model:
         theirs, ours = asdict(model.config), asdict(manifest.model)
@@ -76,11 +108,10 @@ def verify(
             f"{checkpoint}: another model than {engine}'s ({different}); that engine was made from "
             f"{manifest.checkpoint['name']}"
         )
-    if sha256(checkpoint) != manifest.checkpoint["sha256"]:
+    digest = sha256(checkpoint)
+    if digest != manifest.checkpoint["sha256"]:
         typer.echo(f"warning: {checkpoint} is not the file that {engine} was made from (SHA-256 differs)", err=True)
-    report = prove(engine, model, slides, backend=backend, device=device, precision=precision)
-    print_parity(report, Console(width=None if Console().is_terminal else 160, highlight=False))
-    require_passed(report)
+    return model, digest
 
 
 def demo(

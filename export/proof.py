@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 
 from stpath_runtime import encoder
 from stpath_runtime.context import Context
-from stpath_runtime.encoder import Spots
+from stpath_runtime.encoder import AllSpots, NearestSpots, Spots
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import ParityError
-from stpath_runtime.slide import Slide
+from stpath_runtime.progress import OnTile
+from stpath_runtime.slide import Slide, random_slide
 from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 from stpath_train.inputs import slide_inputs
 from stpath_train.model import STPath
@@ -72,28 +73,29 @@ def grid(model: STPath, vocabulary: GeneVocabulary) -> list[Case]:
     return cases
 
 
-def random_slide(
-    spots: int, n_features: int, seed: int, organ: str | None = None, technology: str | None = None
-) -> Slide:
-    """A slide of random features on a hexagonal grid: for proofs and benchmarks."""
-    rng = np.random.default_rng(seed)
-    width = int(np.ceil(np.sqrt(spots)))
-    row, column = np.divmod(np.arange(spots), width)
-    coords = np.stack([200 * column + 100 * (row % 2), 173 * row], axis=1)
-    features = rng.standard_normal((spots, n_features), np.float32)
-    return Slide(coords, features, organ=organ, technology=technology, name=f"random slide of {spots} spots")
+def all_cases(model: STPath, vocabulary: GeneVocabulary, given: Sequence[Slide | Case] = ()) -> list[Case]:
+    """The grid, and what is given beside it: slides, of which a panel is decoded, or whole cases."""
+    cases = grid(model, vocabulary)
+    panel = cases[0].genes
+    return cases + [g if isinstance(g, Case) else Case(g.name, g, None, panel, given=True) for g in given]
+
+
+def attentions(case: Case) -> tuple[int | None, ...]:
+    """The neighbours with which a case is compared: None is global attention; kNN attention, too, of a panel."""
+    return (None, KNN) if case.genes is not None else (None,)
 
 
 def prove(
     directory: Path,
     model: STPath,
-    slides: Sequence[Slide] = (),
+    given: Sequence[Slide | Case] = (),
     *,
     backend: str = "onnxruntime",
     device: str = "cpu",
     precision: str | None = None,
+    on_step: OnTile | None = None,
 ) -> Report:
-    """Hold an engine to the float64 reference on the grid and on further slides.
+    """Hold an engine to the float64 reference on the grid and on what is given beside it.
 
     Every case runs by the stages and by the stages in small tiles, and with ONNX Runtime by the fused graph (up to
     1,000 spots), which servers run with it; with global attention, and those of a panel with kNN attention, too.
@@ -102,13 +104,18 @@ def prove(
     ----------
     model
         The reference, with the weights of the checkpoint as they are in the file.
+    given
+        Slides, or cases of an earlier report's bundle.
     backend, device, precision
         What runs the engine, as for `Engine.load`. Below float32 the bar is twice the error that PyTorch makes in the
-        same precision and, on the further slides, a Pearson r of 0.999 for every gene.
+        same precision and, on the slides given, a Pearson r of 0.999 for every gene.
+    on_step
+        Called with (done, total) after each case and way to attend.
 
     Returns
     -------
-    A report for `engine.json`: whether it passed, the bars, and a row a case and path.
+    Report
+        For `engine.json`: whether it passed, the bars, and a row a case and path.
 
     Raises
     ------
@@ -116,21 +123,22 @@ def prove(
         As `Engine.load`, and if a slide does not fit the engine.
     """
     engine = Engine.load(directory, backend=backend, device=device, precision=precision)
-    for slide in slides:
-        engine.check(slide)
-    cases = grid(model, engine.vocabulary)
-    cases += [Case(slide.name, slide, None, cases[0].genes, given=True) for slide in slides]
+    cases = all_cases(model, engine.vocabulary, given)
+    for case in cases:
+        engine.check(case.slide)
+    todo = [(case, neighbors) for case in cases for neighbors in attentions(case)]
     rows = []
     exact_model = copy.deepcopy(model).to(torch.float64)
     low_dtype = LOW_DTYPES.get(engine.precision)
     low_model = copy.deepcopy(model).to(low_dtype) if low_dtype is not None else None
-    for case in cases:
-        for neighbors in (None, KNN) if case.genes is not None else (None,):
-            exact = reference(exact_model, case, engine.vocabulary, neighbors)
-            low = reference(low_model, case, engine.vocabulary, neighbors) if low_model is not None else None
-            pearson_bar = PEARSON_BAR if low is None else LOW_PEARSON_BAR if case.given else None
-            for path, found in _engine_paths(engine, case, neighbors):
-                rows.append({"case": case.name, "path": path, **compare(found, exact, low, pearson_bar)})
+    for done, (case, neighbors) in enumerate(todo, 1):
+        exact = reference(exact_model, case, engine.vocabulary, neighbors)
+        low = reference(low_model, case, engine.vocabulary, neighbors) if low_model is not None else None
+        pearson_bar = PEARSON_BAR if low is None else LOW_PEARSON_BAR if case.given else None
+        for path, found in engine_paths(engine, case, neighbors):
+            rows.append({"case": case.name, "path": path, **compare(found, exact, low, pearson_bar)})
+        if on_step is not None:
+            on_step(done, len(todo))
     return {
         "passed": all(row["passed"] for row in rows),
         "reference": "float64",
@@ -145,13 +153,25 @@ def require_passed(report: Report) -> None:
     """Raise ParityError, naming the worst case, unless the report passed."""
     failed = [row for row in report["cases"] if not row["passed"]]
     if failed:
-        worst = max(failed, key=lambda row: row["relative_l2"] / row["bar_l2"])
-        pearson = "" if worst["pearson_min"] is None else f", lowest Pearson {worst['pearson_min']:.7f}"
+        worst = max(failed, key=excess)
         raise ParityError(
-            f"{len(failed)} of {len(report['cases'])} comparisons miss the bar; the worst is {worst['case']} by the "
-            f"{worst['path']}: relative L2 {worst['relative_l2']:.2e} (bar {worst['bar_l2']:.2e}), embedding "
-            f"{worst['embedding_l2']:.2e} (bar {worst['embedding_bar']:.2e}){pearson}"
+            f"{len(failed)} of {len(report['cases'])} comparisons miss the bar; the worst is {describe(worst)}"
         )
+
+
+def excess(row: Mapping[str, Any]) -> float:
+    """The error of a comparison over its bar, of the expression or the embedding; infinite where it is not finite."""
+    parts = np.array([row["relative_l2"] / row["bar_l2"], row["embedding_l2"] / row["embedding_bar"]])
+    return float(parts.max()) if np.isfinite(parts).all() else np.inf
+
+
+def describe(row: Mapping[str, Any]) -> str:
+    """A comparison in words: the case, the path, the errors and their bars."""
+    pearson = "" if row["pearson_min"] is None else f", lowest Pearson {row['pearson_min']:.7f}"
+    return (
+        f"{row['case']} by the {row['path']}: relative L2 {row['relative_l2']:.2e} (bar {row['bar_l2']:.2e}), "
+        f"embedding {row['embedding_l2']:.2e} (bar {row['embedding_bar']:.2e}){pearson}"
+    )
 
 
 def relative_l2(found: Floats, exact: Floats) -> float:
@@ -160,19 +180,23 @@ def relative_l2(found: Floats, exact: Floats) -> float:
 
 
 def lowest_pearson(found: Floats, exact: Floats) -> tuple[float | None, int]:
-    """Lowest Pearson r over the genes (columns) that vary, None if none does; and how many are flat.
+    """Lowest Pearson r over the genes (columns) that vary, None if none does; and how many are flat."""
+    r = gene_pearson(found, exact)
+    return float(r.min()) if len(r) else None, exact.shape[1] - len(r)
+
+
+def gene_pearson(found: Floats, exact: Floats) -> npt.NDArray[np.float64]:
+    """Pearson r over the spots, of each gene (column) that varies.
 
     A gene is flat where its spread over the spots is below FLAT times the root mean square of the whole reference.
     """
     scale = float(np.sqrt(np.mean(exact**2)))
     varies = exact.std(axis=0) > FLAT * scale
-    if not varies.any():
-        return None, int((~varies).sum())
     a, b = found[:, varies].astype(np.float64), exact[:, varies]
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
-    r = (a * b).sum(axis=0) / np.maximum(norms, 1e-300)
-    return float(r.min()), int((~varies).sum())
+    r: npt.NDArray[np.float64] = (a * b).sum(axis=0) / np.maximum(norms, 1e-300)
+    return r
 
 
 def compare(
@@ -212,12 +236,22 @@ def compare(
     }
 
 
-def _engine_paths(engine: Engine, case: Case, neighbors: int | None) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
-    """The ways in which an engine computes a case: name, (embedding, expression)."""
-    attention = "global" if neighbors is None else "knn"
+def spots_and_keys(engine: Engine, case: Case, neighbors: int | None) -> tuple[Spots, AllSpots | NearestSpots]:
+    """A case as `stpath_runtime.encoder` takes it."""
     rows = case.context.resolve(case.slide, engine.vocabulary) if case.context is not None else None
     spots = Spots.of([case.slide], [rows])
-    keys = engine.keys([case.slide], spots, attention, neighbors or 0)
+    return spots, engine.keys([case.slide], spots, kind(neighbors), neighbors or 0)
+
+
+def kind(neighbors: int | None) -> str:
+    """The name of the attention."""
+    return "global" if neighbors is None else "knn"
+
+
+def engine_paths(engine: Engine, case: Case, neighbors: int | None) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
+    """The ways in which an engine computes a case: name, (embedding, expression)."""
+    attention = kind(neighbors)
+    spots, keys = spots_and_keys(engine, case, neighbors)
     backend, model, precision = engine.backend, engine.manifest.model, engine.precision
     tokens = engine.vocabulary.all_tokens() if case.genes is None else engine.vocabulary.tokens(case.genes)
     embedding = encoder.encode(backend, model, precision, spots, keys)

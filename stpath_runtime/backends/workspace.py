@@ -32,6 +32,10 @@ class Workspace(Protocol):
         """Run a graph and write what it gives, by name, to rows of arrays; those may be rows that it takes, too."""
         ...
 
+    def put(self, values: npt.NDArray[Any], rows: Any) -> None:
+        """Write values to rows of an array."""
+        ...
+
     def fetch(self, array: Any) -> npt.NDArray[Any]:
         """The array, in host memory."""
         ...
@@ -58,6 +62,10 @@ class HostWorkspace:
         """Run a graph, and copy its results."""
         for rows, found in zip(outputs.values(), self._run(graph, inputs), strict=True):
             rows[...] = found
+
+    def put(self, values: npt.NDArray[Any], rows: npt.NDArray[Any]) -> None:
+        """Write values to rows of an array."""
+        rows[...] = values
 
     def fetch(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The array itself."""
@@ -101,6 +109,10 @@ class GpuWorkspace:
         self._launch(graph, given, {**outputs, **apart})
         for name, array in apart.items():
             self._gpu.copy(array, outputs[name])
+
+    def put(self, values: npt.NDArray[Any], rows: DeviceArray) -> None:
+        """Queue the values' way to rows of an array."""
+        self._gpu.copy(self._gpu.upload("put", values), rows)
 
     def fetch(self, array: DeviceArray) -> npt.NDArray[Any]:
         """The array in host memory, when all that was queued is done."""
