@@ -29,7 +29,8 @@ from .proof import Report, prove, require_passed
 from .stages import Graph, graphs
 
 OPSET = 23
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PASSED_ON = ("k", "v", "k_next", "v_next")  # from stage to stage, as they are
 SHARED_FROM_BYTES = 1024  # smaller tensors stay in the graph, where every tool can fold them
 ALIGNMENT = 64
 ENCODERS = {1536: "Gigapath tile features"}  # by width
@@ -64,7 +65,12 @@ class SharedWeights:
 
 
 def export_engine(
-    checkpoint: Path, out: Path, genes: Path | None = None, precision: str = "fp32", on_step: OnTile | None = None
+    checkpoint: Path,
+    out: Path,
+    genes: Path | None = None,
+    precision: str = "fp32",
+    on_step: OnTile | None = None,
+    device: str = "cpu",
 ) -> Report:
     """Export a checkpoint as an engine directory, prove its parity, and only then publish it at `out`.
 
@@ -73,9 +79,11 @@ def export_engine(
     genes
         The model's gene vocabulary (`symbol2ensembl.json`); None means STPath's published one.
     precision
-        "fp32" or "fp16".
+        "fp32", "fp16" or "bf16".
     on_step
         Called with (done, total) as the work goes on.
+    device
+        Where the proof runs: "cpu" or "cuda:N"; on a CPU ONNX Runtime does not compute in bfloat16.
 
     Raises
     ------
@@ -86,6 +94,11 @@ def export_engine(
     """
     if precision not in DTYPES:
         raise OptionError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+    if (precision, device) == ("bf16", "cpu"):
+        raise OptionError(
+            "precision bf16: the proof of such an engine runs on a GPU; give --device cuda:0, or for bfloat16 on a CPU "
+            "export with --precision fp32 and run with --backend openvino --precision bf16"
+        )
     if out.exists():
         raise OutputError(f"{out}: exists already; remove it or choose another folder")
     require_writable(out)
@@ -95,7 +108,7 @@ def export_engine(
     source = {"name": checkpoint.name, "sha256": sha256(checkpoint)}
     with published_whole(out) as directory:
         manifest = write_engine(model, vocabulary, directory, precision, source, on_step)
-        report = prove(directory, model)
+        report = prove(directory, model, device=device)
         require_passed(report)
         Manifest(**{**vars(manifest), "parity": report}).write(directory)
     return report
@@ -182,12 +195,32 @@ def _write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
         )
     assert program is not None
     model = program.model
+    _widen_ends(model)
     _tidy(model)
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes >= SHARED_FROM_BYTES:
             value.const_value = weights.add(tensor, value.name or "")
     ir.save(model, directory / f"{graph.name}.onnx")
+
+
+def _widen_ends(model: ir.Model) -> None:
+    """Make the ends that are bfloat16 float32, but for k and v, which stay on the device: NumPy has no bfloat16."""
+    graph = model.graph
+    for i, end in enumerate(graph.inputs):
+        if end.dtype == ir.DataType.BFLOAT16 and end.name not in PASSED_ON:
+            wide = ir.Value(name=end.name, shape=end.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            cast = ir.node("Cast", [wide], {"to": ir.DataType.BFLOAT16})
+            ir.convenience.replace_all_uses_with(end, cast.outputs[0])
+            graph.inputs[i] = wide
+            graph.insert_before(graph[0], cast)
+    for i, end in enumerate(graph.outputs):
+        if end.dtype == ir.DataType.BFLOAT16 and end.name not in PASSED_ON:
+            cast = ir.node("Cast", [end], {"to": ir.DataType.FLOAT})
+            cast.outputs[0].name, end.name = end.name, None
+            cast.outputs[0].shape, cast.outputs[0].type = end.shape, ir.TensorType(ir.DataType.FLOAT)
+            graph.append(cast)
+            graph.outputs[i] = cast.outputs[0]
 
 
 def _tidy(model: ir.Model) -> None:

@@ -15,7 +15,7 @@ MANIFEST = "engine.json"
 WEIGHTS = "weights.bin"
 GENES = "genes.tsv.gz"
 ATTENTIONS = ("global", "knn")
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "bf16")
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,17 @@ def tiny_fp16_engine(tiny_checkpoint, tiny_genes, made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_bf16_engine(tiny, made_once) -> Path:
+    """The same in bf16; not proven, as its proof runs on a GPU."""
+
+    def fill(folder: Path) -> None:
+        (folder / "engine").mkdir()
+        write_engine(tiny.model, tiny.vocabulary, folder / "engine", "bf16", {"name": "tiny.pth", "sha256": "0" * 64})
+
+    return made_once("tiny_context_bf16", fill) / "engine"
+
+
+@pytest.fixture(scope="session")
 def golden_engine(golden, tiny, tiny_engine, made_once) -> Path:
     """An engine directory of a golden case's model, fp32; not proven, as the tests hold it to the published outputs."""
     if golden.name == tiny.name:

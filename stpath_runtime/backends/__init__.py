@@ -91,6 +91,11 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
             f"precision {precision}: the backend {name} computes in the engine's own, {stored}; "
             + ("give --backend openvino" if precision == "bf16" else f"export an engine with --precision {precision}")
         )
+    if (name, device, stored) == ("onnxruntime", "cpu", "bf16"):
+        raise BackendError(
+            f"{engine}: a bf16 engine; ONNX Runtime computes in bfloat16 on GPUs alone: give --device cuda:0, or "
+            "export one with --precision fp32 and give --backend openvino --precision bf16"
+        )
     if name == "onnxruntime" and device == "cpu":
         from .onnxruntime import OnnxRuntimeBackend
 

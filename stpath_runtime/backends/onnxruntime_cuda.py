@@ -27,6 +27,8 @@ from . import ENOUGH_ROWS, Arrays
 from .onnxruntime import OnnxRuntimeBackend
 from .workspace import GpuWorkspace, gpu_workspace
 
+BFLOAT16 = 16  # in onnx.TensorProto.DataType
+
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     """Runs graphs with ONNX Runtime's provider for CUDA, or not at all.
@@ -74,9 +76,9 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         session = self._session(graph)
         binding = session.io_binding()
         for name, array in inputs.items():
-            binding.bind_input(name, "cuda", self._gpu.index, array.dtype, array.shape, array.address)
+            binding.bind_input(name, "cuda", self._gpu.index, _type(array), array.shape, array.address)
         for name, array in outputs.items():
-            binding.bind_output(name, "cuda", self._gpu.index, array.dtype, array.shape, array.address)
+            binding.bind_output(name, "cuda", self._gpu.index, _type(array), array.shape, array.address)
         try:
             session.run_with_iobinding(binding, self._queued)
         except Exception as error:  # ONNX Runtime's own exceptions share no base of their own
@@ -107,6 +109,11 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
                 "CUDA's libraries, or give device cpu"
             )
         return session
+
+
+def _type(array: DeviceArray) -> np.dtype[Any] | int:
+    """The type of an array as ONNX Runtime takes it: bfloat16, which is bits to NumPy, by its number in ONNX."""
+    return BFLOAT16 if array.dtype == np.uint16 else array.dtype
 
 
 @cache

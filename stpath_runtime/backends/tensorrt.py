@@ -126,7 +126,7 @@ class TensorRtBackend:
             raise PlanError(f"{path}: {LIBRARIES[self.name]} cannot load it on {self._gpu.name}: {why}; {self._mend}")
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        types = {name: trt.nptype(engine.get_tensor_dtype(name)) for name in names}
+        types = {name: _numpy_type(trt, engine.get_tensor_dtype(name)) for name in names}
         inputs = {name: types[name] for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}
         outputs = {name: types[name] for name in names if name not in inputs}
         return _Loaded(context, inputs, outputs, self._plans.ranges(graph))
@@ -140,3 +140,9 @@ class TensorRtBackend:
             f"{graph}: {name} of shape {list(shape)}, and the plan was built for {list(least)} to {list(largest)}, "
             f"slides up to {self._plans.max_spots:,} spots; {self._mend}{f' --max-spots {more}' if more else ''}"
         )
+
+
+def _numpy_type(trt: Any, dtype: Any) -> type[np.generic]:
+    """The type of an array: of bfloat16, which NumPy does not have, its bits."""
+    found: type[np.generic] = np.uint16 if dtype == trt.bfloat16 else trt.nptype(dtype)
+    return found

@@ -102,9 +102,9 @@ class OnnxRuntimePlan:
         return trt.nptype(self.get_tensor_dtype(name))
 
 
-@pytest.fixture(scope="session", params=["fp32", "fp16"])
-def either_engine(request, tiny_engine) -> Path:
-    return tiny_engine if request.param == "fp32" else request.getfixturevalue("tiny_fp16_engine")
+@pytest.fixture(scope="session", params=["tiny_engine", "tiny_fp16_engine", "tiny_bf16_engine"])
+def either_engine(request) -> Path:
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -200,9 +200,11 @@ def test_every_stage_is_built(either_engine, tmp_path):
 
 def test_networks_have_the_types_of_the_engine(either_engine):
     precision = Manifest.read(either_engine).precision
-    own = {"fp32": trt.float32, "fp16": trt.float16}[precision]
-    others = dict.fromkeys(("organ", "technology", "token_ids", "key_index"), trt.int64)
-    others |= {"mask": trt.bool, "coords": trt.float32, "key_coords": trt.float32, "expression": trt.float32}
+    own = {"fp32": trt.float32, "fp16": trt.float16, "bf16": trt.float32}[precision]
+    others = dict.fromkeys(("organ", "technology", "token_ids", "gene_row", "key_index"), trt.int64)
+    others |= dict.fromkeys(("coords", "key_coords", "key_bias", "expression"), trt.float32) | {"mask": trt.bool}
+    if precision == "bf16":
+        others |= dict.fromkeys(("k", "v", "k_next", "v_next"), trt.bfloat16)
     log = quiet_logger(trt)
     for stage in STAGES:
         builder = trt.Builder(log)

@@ -5,16 +5,20 @@ No test runs a kernel of CUDA.
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import cuda.bindings
 import numpy as np
+import onnx
 import onnxruntime
+import openvino
 import pytest
+import torch
 from host_gpu import ALIGNED, HostGpu
 
 from helpers import relative_l2
-from stpath_export.proof import random_slide
+from stpath_export.proof import Case, compare, random_slide, reference
 from stpath_runtime import Context, Engine, InputError
 from stpath_runtime.backends import onnxruntime_cuda
 from stpath_runtime.backends.workspace import GpuWorkspace
@@ -63,6 +67,43 @@ class Binding:
         self.gpu.require_held(address, int(np.prod(shape)) * np.dtype(dtype).itemsize)
 
 
+class BfloatSession(CudaSession):
+    """The same by OpenVINO, in products of float32: ONNX Runtime has no bfloat16 on a CPU."""
+
+    def __init__(self, gpu, real, path, options, provider_options):
+        core = openvino.Core()
+        self.graph = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self.gpu, self.ends = gpu, {}
+
+    def run(self, outputs, inputs):
+        tensors = {name: self._tensor(array) for name, array in inputs.items()}
+        return list(self.graph(tensors).values())
+
+    def io_binding(self):
+        return self
+
+    def bind_input(self, name, device, index, dtype, shape, address):
+        self.ends[name] = self.gpu.array(address, shape, np.uint16 if dtype == onnx.TensorProto.BFLOAT16 else dtype)
+
+    bind_output = bind_input
+
+    def run_with_iobinding(self, binding, options):
+        ends = dict(self.ends)
+        self.gpu.queue.append(lambda: self._execute(ends))
+
+    def _execute(self, ends):
+        names = [end.any_name for end in self.graph.outputs]
+        found = self.run(None, {end.any_name: ends[end.any_name] for end in self.graph.inputs})
+        for name, array in zip(names, found, strict=True):
+            assert array.itemsize == ends[name].itemsize
+            ends[name][...] = array.view(ends[name].dtype)
+
+    def _tensor(self, array):
+        if array.dtype == np.uint16:
+            return openvino.Tensor(array, openvino.Shape(array.shape), openvino.Type.bf16)
+        return openvino.Tensor(np.ascontiguousarray(array))
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     gpu = HostGpu()
@@ -72,7 +113,8 @@ def gpu(monkeypatch):
         ((provider, provider_options),) = providers
         if provider == "CPUExecutionProvider":
             return real(path, options, providers=providers)
-        made.append(CudaSession(gpu, real, path, options, provider_options))
+        kind = CudaSession if "bf16" not in str(path) else BfloatSession
+        made.append(kind(gpu, real, path, options, provider_options))
         return made[-1]
 
     gpu.sessions = made
@@ -167,7 +209,29 @@ def test_rows_that_a_graph_takes_are_not_those_that_it_writes(gpu):
     np.testing.assert_array_equal(at.fetch(x)[:, 0], [0, 0, 3, 3, 0, 0, 0, 0])
 
 
+@pytest.mark.parametrize("neighbors", [None, 9])
+def test_bfloat16(tiny, tiny_bf16_engine, gpu, neighbors):
+    """The graphs of an engine in bfloat16; the kernels that run them on a GPU are held to the bar by its proof there."""
+    slide = random_slide(70, tiny.model.config.n_features, 0, "Kidney", "Visium")
+    case = Case("made up", slide, a_context(slide, tiny.vocabulary.symbols))
+    exact, low = (
+        reference(copy.deepcopy(tiny.model).to(dtype), case, tiny.vocabulary, neighbors)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
+    engine = Engine.load(tiny_bf16_engine, device="cuda:0")
+    engine._approximation_told = True
+    how = {} if neighbors is None else {"attention": "knn", "neighbors": neighbors}
+    embedding = engine.embed(slide, context=case.context, **how)
+    row = compare((embedding, engine.decode(embedding)), exact, low, None)
+    assert row["passed"], row
+
+
 # Refusals
+
+
+def test_bfloat16_is_not_for_the_cpu(tiny_bf16_engine):
+    with pytest.raises(InputError, match="a bf16 engine; ONNX Runtime computes in bfloat16 on GPUs alone"):
+        Engine.load(tiny_bf16_engine)
 
 
 def test_too_little_memory_for_one_tile(engine, gpu, tiny):
