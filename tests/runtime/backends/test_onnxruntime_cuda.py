@@ -211,7 +211,7 @@ def test_rows_that_a_graph_takes_are_not_those_that_it_writes(gpu):
 
 @pytest.mark.parametrize("neighbors", [None, 9])
 def test_bfloat16(tiny, tiny_bf16_engine, gpu, neighbors):
-    """The graphs of an engine in bfloat16; the kernels that run them on a GPU are held to the bar by its proof there."""
+    """The graphs of an engine in bfloat16; the kernels that run them on a GPU are held to the bar by its proof."""
     slide = random_slide(70, tiny.model.config.n_features, 0, "Kidney", "Visium")
     case = Case("made up", slide, a_context(slide, tiny.vocabulary.symbols))
     exact, low = (
