@@ -30,6 +30,7 @@ from .timing import in_turn
 Floats = npt.NDArray[np.floating[Any]]
 Engines = Mapping[Way, Engine]
 OnCall = Callable[[Row], None]
+USUAL_KEYS = 192  # of a dense block: k = 32 on a hexagonal grid
 ORDER = ("first call", "encode", "decode")
 
 
@@ -211,7 +212,7 @@ def _counted(engine: Engine, sizes: Sequence[Row], calls: int, on_step: OnTile |
     model = engine.manifest.model
     cost = {
         (size.attention, size.neighbors, size.spots): int(
-            roofline.encoder_operations(model, size.spots, size.spots if size.attention == "global" else 192)
+            roofline.encoder_operations(model, size.spots, size.spots if size.attention == "global" else USUAL_KEYS)
         )
         for size in sizes
     }
