@@ -29,7 +29,7 @@ test-soak: $(INSTALLED)
 
 # Every command and code block of README and docs/, and the notebook.
 test-docs: $(INSTALLED)
-	$(BIN)/pytest -n 2 -m docs tests/docs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m docs tests/docs
 
 # The site, in docs/_build; a warning is an error.
 docs: $(INSTALLED)

@@ -90,6 +90,26 @@ def make_small(config: Path) -> None:
     config.write_text(yaml.safe_dump(sections))
 
 
+def inline_commands(page: Path) -> list[str]:
+    """The commands that a page names in its text."""
+    every = (token for part in MarkdownIt("commonmark").parse(page.read_text()) for token in part.children or [])
+    texts = [token.content for token in every if token.type == "code_inline"]
+    return [text for text in texts if re.match(r"(stpath|make|pytest|pip install) ", text)]
+
+
+def check_options(command: str) -> None:
+    """Check that a command of `stpath`, of which a text may name a part, is one, and has the options named."""
+    cli._add_commands()
+    group, words = get_command(cli.app), shlex.split(command)[1:]
+    while hasattr(group, "commands") and words and not words[0].startswith("-"):
+        if not words[0].isupper():  # stpath COMMAND
+            assert words[0] in group.commands, command
+            group = group.commands[words[0]]
+        words = words[1:]
+    known = {name for option in group.params for name in (*option.opts, *option.secondary_opts)} | {"--help", "--debug"}
+    assert {word for word in words if word.startswith("--")} <= known, command
+
+
 def check_parses(command: str) -> None:
     """Check that a command of `stpath` is one, with options that it has."""
     cli._add_commands()

@@ -13,10 +13,12 @@ from pages import (
     Block,
     blocks,
     check_extras,
+    check_options,
     check_parses,
     check_path,
     check_target,
     commands,
+    inline_commands,
     run_command,
     write_file,
 )
@@ -43,6 +45,7 @@ NOT_RUN = [
     (r"^stpath .*--device cuda", "needs an NVIDIA GPU", check_parses),
     (r"^stpath .*--ray auto", "needs a Ray cluster and a folder that its machines share", check_parses),
     (r"^stpath data download", "fetches gigabytes from a page with terms", check_parses),
+    (r"^stpath bench compare", "takes results of two runs; tests of its own", check_parses),
     (r"^stpath .*--backend NAME", "a name to be filled in", check_parses),
     (r"^tritonserver ", "make test-triton starts a server with the same options", nothing),
     (r"^python run_batch_of_slides\.py ", "TRIDENT's, which is installed from its repository", nothing),
@@ -135,6 +138,13 @@ def test_what_a_page_names_in_the_repository_is_there(page):
     missing = [path for path in files if "NAME" not in path and not list(ROOT.glob(path.rstrip("/")))]
     missing += [link for link in links if not (page.parent / link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_what_a_text_names_is_a_command(page):
+    checks = {"stpath": check_options, "make": check_target, "pytest": check_path, "pip": check_extras}
+    for command in inline_commands(page):
+        checks[command.split(maxsplit=1)[0]](command)
 
 
 def test_no_entry_of_what_does_not_run_is_left_over():
