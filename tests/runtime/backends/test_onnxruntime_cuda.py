@@ -19,6 +19,7 @@ from host_gpu import ALIGNED, HostGpu
 
 from helpers import relative_l2
 from stpath_export.proof import Case, compare, random_slide, reference
+from stpath_export.trace import trace
 from stpath_runtime import Context, Engine, InputError
 from stpath_runtime.backends import onnxruntime_cuda
 from stpath_runtime.backends.workspace import GpuWorkspace
@@ -224,6 +225,19 @@ def test_bfloat16(tiny, tiny_bf16_engine, gpu, neighbors):
     embedding = engine.embed(slide, context=case.context, **how)
     row = compare((embedding, engine.decode(embedding)), exact, low, None)
     assert row["passed"], row
+
+
+@pytest.mark.parametrize("neighbors", [None, 9])
+@pytest.mark.parametrize("fixture", ["tiny_engine", "tiny_bf16_engine"])
+def test_stages_are_traced_on_the_gpu(request, tiny, gpu, fixture, neighbors):
+    engine = Engine.load(request.getfixturevalue(fixture), device="cuda:0")
+    slide = random_slide(70, tiny.model.config.n_features, 0, "Kidney", "Visium")
+    case = Case("made up", slide, a_context(slide, tiny.vocabulary.symbols))
+    dtype = torch.float32 if engine.precision == "fp32" else torch.bfloat16
+    models = (copy.deepcopy(tiny.model).to(kind) for kind in (torch.float64, dtype))
+    found = trace(engine, *models, case, neighbors)
+    assert found.enters() is None
+    assert all(row["accumulated_passed"] for row in found.rows)
 
 
 # Refusals
