@@ -83,6 +83,8 @@ class InputEncoder(nn.Module):
 class SpatialAttention(nn.Module):
     """Attention of every spot to every spot of its slide, or along the edges given, biased by their distance."""
 
+    fused = False  # `STPath.fuse_attention`
+
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self.n_heads = n_heads
@@ -120,6 +122,10 @@ class SpatialAttention(nn.Module):
         return self.W_output(attended.flatten(1))
 
     def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor) -> Tensor:
+        if self.fused:
+            from .fused_attention import distance_attention
+
+            return distance_attention(q, k, v, coords, self.distance_weight)
         q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [H, N, d/H]
         if len(coords) <= QUERIES_AT_ONCE:
             return self._attend(q, k, v, coords, coords).transpose(0, 1)
@@ -248,6 +254,23 @@ class STPath(nn.Module):
         """
         x = self.input_encoder(features, organ, technology, context)
         return self.model(x, coords, sizes, edge_index, blocks)
+
+    def fuse_attention(self, fused: bool = True) -> STPath:
+        """Attend globally by one kernel that keeps no scores (`stpath_train.fused_attention`), from now on; the model.
+
+        For inference on an NVIDIA GPU: elsewhere, or where gradients are wanted, the next call raises what
+        `distance_attention` raises. Attention by edges or blocks stays as it is, and so does what is saved.
+
+        Raises
+        ------
+        InstallError
+            Triton is not installed.
+        """
+        if fused:
+            from . import fused_attention  # noqa: F401  # tells here if Triton is missing
+        for block in self.blocks:
+            block.attn.fused = fused
+        return self
 
     @property
     def blocks(self) -> list[Block]:
