@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch._inductor.compile_fx import compile_fx
 from torch.nn.attention.flex_attention import flex_attention
 
 from stpath_export.exporter import export_engine
@@ -52,6 +54,9 @@ REFERENCE_UP_TO = 20_000  # spots, global: float64 takes its time
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 LIBRARIES = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "stpath-engine")
 RESULTS = Path(__file__).parent / "results"
+# Past the limit PyTorch would go on without compiling, and not say so.
+torch._dynamo.config.recompile_limit = 64
+torch._dynamo.config.fail_on_recompile_limit_hit = True
 Call = Callable[[], np.ndarray]  # expression [N, GENES], float32
 
 
@@ -158,6 +163,12 @@ def _variants(
                 Row("PyTorch, FlexAttention", attention, precision, n),
                 lambda dtype=dtype: _torch(model, slide, attention, device, dtype, compiled=True, flex=True),
             )
+            yield (
+                Row("PyTorch, Triton kernel", attention, precision, n),  # on a CPU it refuses, and the row says so
+                lambda dtype=dtype: _torch(
+                    model, slide, attention, device, dtype, compiled=device != "cpu", fused=True
+                ),
+            )
     for engine in engines:
         precision = engine.manifest.precision
         name = f"engine, {engine.backend.name}"
@@ -178,11 +189,14 @@ def _torch(
     dtype: torch.dtype,
     compiled: bool = False,
     flex: bool = False,
+    fused: bool = False,
 ) -> Call:
     """The collapsed model; neighbours and blocks are found in the call, as the engine does."""
-    own = copy.deepcopy(model).to(device, dtype)
+    own = copy.deepcopy(model).to(device, dtype).fuse_attention(fused)
+    for block in own.blocks if flex else ():
+        block.attn.__class__ = FlexSpatialAttention
     tokens = torch.arange(2, 2 + GENES, device=device)
-    forward = torch.compile(own, dynamic=True) if compiled else own
+    forward = _compile(own) if compiled else own
     vocabulary = _any_vocabulary(model)
 
     def call() -> np.ndarray:
@@ -190,10 +204,19 @@ def _torch(
         if attention == "knn":
             inputs["blocks"] = KeyBlocks(*(part.to(device) for part in knn_blocks([slide.coords], K)))
         inputs = {name: part.to(device) if torch.is_tensor(part) else part for name, part in inputs.items()}
-        with torch.inference_mode(), _flex(flex):
+        with torch.inference_mode():
             return forward(**inputs, token_ids=tokens).float().cpu().numpy()
 
     return call
+
+
+def _compile(model: STPath) -> Callable[..., torch.Tensor]:
+    """Compile a model apart from all others.
+
+    PyTorch finds what it compiled by the code and the backend, not by the class of a layer: with one backend for all, a
+    variant runs what was compiled for another.
+    """
+    return torch.compile(model, dynamic=True, backend=partial(compile_fx))
 
 
 def _literal(model: STPath, slide: Slide, device: str) -> Call:
@@ -218,31 +241,18 @@ def _reference(model: STPath, slide: Slide, attention: str, device: str) -> np.n
     return expression
 
 
-@contextmanager
-def _flex(wanted: bool) -> Iterator[None]:
+class FlexSpatialAttention(SpatialAttention):
     """Global attention by FlexAttention, which computes the distances in its kernel and keeps no scores."""
-    if not wanted:
-        yield
-        return
-    before = SpatialAttention._attend_to_all
-    SpatialAttention._attend_to_all = _attend_by_flex  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        SpatialAttention._attend_to_all = before  # type: ignore[method-assign]
 
+    def _attend_to_all(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
+        weight = self.edge_bias[0].weight  # [H, 3]; on a CPU, PyTorch 2.13 compiles no view of it, nor of coords
 
-def _attend_by_flex(
-    self: SpatialAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coords: torch.Tensor
-) -> torch.Tensor:
-    weight, x, y = self.distance_weight.float(), coords[:, 0].contiguous(), coords[:, 1].contiguous()
+        def biased(score, batch, head, row, column):
+            dx, dy = coords[row, 0] - coords[column, 0], coords[row, 1] - coords[column, 1]
+            return score + weight[head, 2] * torch.sqrt(dx * dx + dy * dy)
 
-    def biased(score, batch, head, row, column):
-        dx, dy = x[row] - x[column], y[row] - y[column]
-        return score + weight[head] * torch.sqrt(dx * dx + dy * dy)
-
-    q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # [1, H, N, d/H]
-    return flex_attention(q, k, v, score_mod=biased)[0].transpose(0, 1)
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))  # [1, H, N, d/H]
+        return flex_attention(q, k, v, score_mod=biased)[0].transpose(0, 1)
 
 
 def _any_vocabulary(model: STPath) -> GeneVocabulary:

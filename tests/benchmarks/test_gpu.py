@@ -17,6 +17,11 @@ def test_dry_run(tiny_checkpoint, tiny_genes, tiny_engine, tmp_path, monkeypatch
     assert report["dry_run"] is True
     assert report["versions"]["torch"]
     rows = {(row["variant"], row["attention"]): row for row in report["rows"]}
+    kernel = rows.pop(("PyTorch, Triton kernel", "global"))
+    assert kernel["failed"].startswith("DeviceError: fused attention runs on an NVIDIA GPU")
+    assert kernel["milliseconds"] == []
+    errors = [rows[name, "global"]["relative_l2"] for name in ("PyTorch, compiled", "PyTorch, FlexAttention")]
+    assert errors[0] != errors[1]  # it is not the other under another name
     assert set(rows) == {
         ("literal formula", "global"),
         ("PyTorch, FlexAttention", "global"),
