@@ -26,6 +26,7 @@ class Precision(StrEnum):
 
     FP32 = "fp32"
     FP16 = "fp16"
+    BF16 = "bf16"
 
 
 def export(
@@ -36,13 +37,14 @@ def export(
         typer.Option(metavar="VOCABULARY", help="The model's symbol2ensembl.json; left out: STPath's published one."),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FP32,
+    device: Annotated[str, typer.Option(help="Where the proof runs: cpu or cuda:N; bf16 needs a GPU.")] = "cpu",
 ) -> None:
     """Export a checkpoint as an engine, and prove its parity before it is published."""
     require_torch()
     from .exporter import export_engine
 
     with progress_bar(f"export {checkpoint.name}") as on_step:
-        report = export_engine(checkpoint, out, genes, precision.value, on_step)
+        report = export_engine(checkpoint, out, genes, precision.value, on_step, device)
     worst = max(row["relative_l2"] for row in report["cases"])
     typer.echo(
         f"{out}: {precision.value}, {len(report['cases'])} comparisons with float64 passed, relative L2 <= {worst:.1e}"

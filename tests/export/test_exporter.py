@@ -15,6 +15,7 @@ from stpath_export import exporter, proof
 from stpath_export.exporter import export_engine
 from stpath_export.stages import graphs
 from stpath_runtime import Engine, InputError, ParityError
+from stpath_runtime.cli import main
 from stpath_runtime.manifest import Manifest
 from stpath_train.inputs import slide_inputs
 
@@ -143,3 +144,9 @@ def test_grid_covers_what_it_should(tiny):
         assert len(seen) == 4
     assert len({case.slide.organ for case in cases}) >= 10
     assert len({case.slide.technology for case in cases}) == 5
+
+
+def test_bfloat16_is_not_proven_on_a_cpu(tiny_checkpoint, tmp_path, capsys):
+    assert main(["export", str(tiny_checkpoint), "--out", str(tmp_path / "engine"), "--precision", "bf16"]) == 2
+    assert "precision bf16: the proof of such an engine runs on a GPU; give --device cuda:0" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
