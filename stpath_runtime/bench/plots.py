@@ -82,11 +82,13 @@ def _line(axes: Axes, rows: Sequence[Row], value: Callable[[Row], float | None],
 
 def _scale(axes: Axes, spots: Sequence[int]) -> None:
     """Log axes with plain numbers, and a tick a number of spots."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(spots, [f"{n:,}" for n in spots])
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, which="both")

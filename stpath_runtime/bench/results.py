@@ -86,7 +86,8 @@ class Row:
         return ", ".join(part for part in parts if part)
 
 
-IDENTITY = tuple(f.name for f in fields(Row))[:11]
+FIELDS = [f.name for f in fields(Row)]
+IDENTITY = FIELDS[: FIELDS.index("seconds")]
 
 
 @dataclass(frozen=True)

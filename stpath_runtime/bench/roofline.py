@@ -28,7 +28,7 @@ from .timing import seconds_of
 
 SIDES = (1024, 2048, 3072)  # of the matrices whose product is timed
 COPIED = 512 << 20  # bytes: far above any cache
-REPEATS = 4
+REPEATS = 6
 FLOAT = 4  # bytes
 
 
