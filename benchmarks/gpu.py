@@ -22,7 +22,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,6 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch._inductor.compile_fx import compile_fx
 from torch.nn.attention.flex_attention import flex_attention
 
 from stpath_export.exporter import export_engine
@@ -196,7 +194,7 @@ def _torch(
     for block in own.blocks if flex else ():
         block.attn.__class__ = FlexSpatialAttention
     tokens = torch.arange(2, 2 + GENES, device=device)
-    forward = _compile(own) if compiled else own
+    forward = torch.compile(own, dynamic=True) if compiled else own
     vocabulary = _any_vocabulary(model)
 
     def call() -> np.ndarray:
@@ -208,15 +206,6 @@ def _torch(
             return forward(**inputs, token_ids=tokens).float().cpu().numpy()
 
     return call
-
-
-def _compile(model: STPath) -> Callable[..., torch.Tensor]:
-    """Compile a model apart from all others.
-
-    PyTorch finds what it compiled by the code and the backend, not by the class of a layer: with one backend for all, a
-    variant runs what was compiled for another.
-    """
-    return torch.compile(model, dynamic=True, backend=partial(compile_fx))
 
 
 def _literal(model: STPath, slide: Slide, device: str) -> Call:
@@ -242,7 +231,10 @@ def _reference(model: STPath, slide: Slide, attention: str, device: str) -> np.n
 
 
 class FlexSpatialAttention(SpatialAttention):
-    """Global attention by FlexAttention, which computes the distances in its kernel and keeps no scores."""
+    """Global attention by FlexAttention, which computes the distances in its kernel and keeps no scores.
+
+    A class of its own: torch.compile notices another class, and does not notice that a method was patched.
+    """
 
     def _attend_to_all(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, coords: torch.Tensor) -> torch.Tensor:
         weight = self.edge_bias[0].weight  # [H, 3]; on a CPU, PyTorch 2.13 compiles no view of it, nor of coords
