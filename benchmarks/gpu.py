@@ -35,7 +35,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from stpath_export.exporter import export_engine
 from stpath_export.proof import random_slide, relative_l2
-from stpath_runtime import Engine, Slide
+from stpath_runtime import Engine, ParityError, Slide
 from stpath_runtime.manifest import sha256
 from stpath_runtime.memory import available_on_gpu
 from stpath_runtime.output import written_whole
@@ -49,7 +49,7 @@ K = 32
 GENES = 50
 LITERAL_UP_TO = 5_000  # spots: the literal formula holds [N, N, 4, 3] numbers
 REFERENCE_UP_TO = 20_000  # spots, global: float64 takes its time
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LIBRARIES = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "stpath-engine")
 RESULTS = Path(__file__).parent / "results"
 # Past the limit PyTorch would go on without compiling, and not say so.
@@ -83,7 +83,7 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")] = 30,
     checkpoint: Annotated[Path | None, typer.Option(help="Left out: the published sizes, seeded weights.")] = None,
     genes: Annotated[Path | None, typer.Option(help="Its vocabulary; left out: the published one.")] = None,
-    engine: Annotated[list[Path] | None, typer.Option(help="Its engines; left out: exported, fp32 and fp16.")] = None,
+    engine: Annotated[list[Path] | None, typer.Option(help="Its engines; left out: exported, of each type.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the engines.")] = "onnxruntime",
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
@@ -91,7 +91,7 @@ def main(
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint or _seeded(Path(folder))
-        engines = engine or _exported(checkpoint, genes, Path(folder))
+        engines = engine or _exported(checkpoint, genes, Path(folder), device)
         model = load_checkpoint(checkpoint)
         loaded = [Engine.load(path, backend=backend, device=device) for path in engines]
         rows = []
@@ -146,8 +146,8 @@ def _variants(
     if attention == "global" and n <= LITERAL_UP_TO:
         yield Row("literal formula", attention, "fp32", n), lambda: _literal(model, slide, device)
     for precision, dtype in DTYPES.items():
-        if device == "cpu" and precision == "fp16":
-            continue  # PyTorch's float16 on a CPU is no one's choice
+        if device == "cpu" and precision != "fp32":
+            continue  # PyTorch's lower precisions on a CPU are no one's choice
         yield (
             Row("PyTorch, eager", attention, precision, n),
             lambda dtype=dtype: _torch(model, slide, attention, device, dtype),
@@ -290,10 +290,16 @@ def _seeded(folder: Path) -> Path:
     return folder / "checkpoint.safetensors"
 
 
-def _exported(checkpoint: Path, genes: Path | None, folder: Path) -> list[Path]:
+def _exported(checkpoint: Path, genes: Path | None, folder: Path, device: str) -> list[Path]:
     for precision in DTYPES:
-        export_engine(checkpoint, folder / precision, genes, precision)
-    return [folder / precision for precision in DTYPES]
+        where = device if precision == "bf16" else "cpu"
+        if (precision, where) == ("bf16", "cpu"):
+            continue  # proven on a GPU alone
+        try:
+            export_engine(checkpoint, folder / precision, genes, precision, device=where)
+        except ParityError as error:  # a result, too
+            Console().print(f"{precision}: {error}")
+    return [path for precision in DTYPES if (path := folder / precision).is_dir()]
 
 
 def _machine(device: str) -> dict[str, Any]:
