@@ -27,9 +27,11 @@ def test_stages_compose_to_the_reference(tiny):
     given = slide_inputs(slide, tiny.vocabulary, context)
     coords, tokens = given["coords"], given["context"]
 
-    rows = stage["tokens"](torch.ones(1, 1), torch.tensor([1])).repeat(len(slide), 1)
-    rows[tokens.spots] = stage["tokens"](tokens.log_counts, tokens.token_ids)
-    x, k, v = stage["embed"](given["features"], given["organ"], given["technology"], rows)
+    mask = stage["tokens"](torch.ones(1, 1), torch.tensor([1]))
+    rows = torch.cat([mask, stage["tokens"](tokens.log_counts, tokens.token_ids)])
+    row = torch.zeros(len(slide), dtype=torch.int64)
+    row[tokens.spots] = torch.arange(1, len(rows))
+    x, k, v = stage["embed"](given["features"], given["organ"], given["technology"], rows, row)
     for layer in (1, 2):
         x, k, v = stage[f"block_{layer}"](x, coords, k, v, coords)
     (x,) = stage["block_3"](x, coords, k, v, coords)

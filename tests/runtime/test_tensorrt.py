@@ -86,17 +86,18 @@ class OnnxRuntimePlan:
         self.gpu.require_held(memory, size)
 
     def execute_async_v3(self, stream):
-        self.gpu.queue.append(self._execute)
+        shapes, addresses = dict(self.shapes), dict(self.addresses)  # as they are now: the next call changes them
+        self.gpu.queue.append(lambda: self._execute(shapes, addresses))
         return True
 
-    def _execute(self):
-        read = {name: self._at(name, shape) for name, shape in self.shapes.items()}
-        outputs = [name for name in self.types if name not in self.inputs]
-        for name, values in zip(outputs, self.session.run(outputs, read), strict=True):
-            self._at(name, values.shape)[:] = values
+    def _execute(self, shapes, addresses):
+        def at(name, shape):
+            return self.gpu.array(addresses[name], shape, self._dtype(name))
 
-    def _at(self, name, shape):
-        return self.gpu.array(self.addresses[name], shape, self._dtype(name))
+        outputs = [name for name in self.types if name not in self.inputs]
+        found = self.session.run(outputs, {name: at(name, shape) for name, shape in shapes.items()})
+        for name, values in zip(outputs, found, strict=True):
+            at(name, values.shape)[:] = values
 
     def _dtype(self, name):
         return trt.nptype(self.get_tensor_dtype(name))
@@ -195,7 +196,7 @@ def test_every_stage_is_built(either_engine, tmp_path):
     assert told[-1] == (900, 900)
     assert len(set(done)) > 3 * len(STAGES)  # within the stages, too
     assert list((engine / "plans").iterdir()) == [folder]
-    Engine.load(engine)  # plans are no files of the engine: its manifest holds
+    manifest.check_files(engine)  # plans are no files of the engine: its manifest holds
 
 
 def test_networks_have_the_types_of_the_engine(either_engine):
@@ -558,7 +559,7 @@ def test_too_little_gpu_memory_is_refused(tiny, built, gpu):
 def test_gpus_that_are_not_there_are_refused(built, stpath, gpu, monkeypatch):
     with pytest.raises(InputError, match=r"device cuda:1: not there \(there are 1, from cuda:0\)"):
         Gpu("cuda:1")
-    with pytest.raises(InputError, match="device 'cpu': TensorRT runs on NVIDIA GPUs only; give cuda:N"):
+    with pytest.raises(InputError, match="device 'cpu': no NVIDIA GPU; give cuda:N"):
         Engine.load(built, backend="tensorrt_rtx")
     monkeypatch.setattr(cuda.bindings, "runtime", cudart)
     with pytest.raises(InputError, match=r"device cuda:0: not there \(CUDA finds no GPU: cudaError"):
