@@ -60,7 +60,7 @@ class Manifest:
         Raises
         ------
         InputError
-            If there is no engine, its manifest is damaged, or a newer version of this package wrote it.
+            If there is no engine, its manifest is damaged, or it has another schema than this version reads.
         """
         path = directory / MANIFEST
         if not path.is_file():
