@@ -35,8 +35,7 @@ INSTALL = {
 }
 # TensorRT picks the kernels that are fastest at one shape, and runs them on all of the range. Shapes of usual slides:
 USUAL_SPOTS = 4_992  # of a Visium slide
-USUAL_KEYS = 192  # of a block, and
-USUAL_UNION = 1_344  # of a tile of 1,024 rows: k = 32 on a hexagonal grid
+USUAL_KEYS = 192  # of a block: k = 32 on a hexagonal grid
 USUAL_GENES, USUAL_DECODED = 8_192, 2_048  # of a tile of all genes
 USUAL_CONTEXT = 1_000  # genes
 
@@ -150,7 +149,8 @@ def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Ra
     head, knn = graph == "head", graph.startswith("knn_block")
     d, blocks = model.d_model, (1, ENOUGH_ROWS // BLOCK, ENOUGH_ROWS // BLOCK)
     rows = (BLOCK if knn else 1, ENOUGH_ROWS, ENOUGH_ROWS)
-    keys = (1, min(USUAL_UNION if knn else USUAL_SPOTS, spots), spots)
+    # Blocks name their keys among all rows of a slide, however many: no tensor grows with those but k and v themselves.
+    keys = (1, USUAL_SPOTS, MOST_ELEMENTS // d // BLOCK * BLOCK) if knn else (1, min(USUAL_SPOTS, spots), spots)
     keys_of_block = (PAD_KEYS, min(USUAL_KEYS, spots), spots)
     most_genes = min(GENES_AT_ONCE, model.n_tokens) if head else model.n_tokens
     genes = (1, min(USUAL_GENES if head else USUAL_CONTEXT, most_genes), most_genes)
