@@ -135,7 +135,7 @@ def test_what_a_page_names_in_the_repository_is_there(page):
     text = page.read_text()
     files = re.findall(r"`((?:stpath_runtime|stpath_train|export|tests|benchmarks|docs)/[\w./*]*)(?:::\w+)?`", text)
     links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text)
-    files = [path for path in files if "NAME" not in path and "_build" not in path]  # what make docs makes is made later
+    files = [path for path in files if "NAME" not in path and "_build" not in path]  # made by make docs
     missing = [path for path in files if not list(ROOT.glob(path.rstrip("/")))]
     missing += [link for link in links if not (page.parent / link).exists()]
     assert not missing
