@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,3 +157,8 @@ def a_store(path: Path, slides: int = 4, spots: int = 130) -> Store:
     for i in range(slides):
         store.add(Record(f"S{i}", "Breast", "Visium", patient=f"p{i}"), an_adata(store.vocabulary, spots, seed=i))
     return store
+
+
+def without_coverage() -> dict[str, str]:
+    """The environment for a process that is interrupted: a signal while coverage holds its lock would hang it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}

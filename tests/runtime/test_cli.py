@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import made_up_vocabulary, relative_l2, write_context, write_slide, write_symbol_table
+from helpers import (
+    made_up_vocabulary,
+    relative_l2,
+    without_coverage,
+    write_context,
+    write_slide,
+    write_symbol_table,
+)
 from stpath_runtime.cli import main
 from stpath_train.checkpoint import load_checkpoint
 
@@ -224,7 +231,8 @@ anndata.io.write_elem = write
 sys.exit(main(sys.argv[1:]))
 """
     words = ["predict", str(slide_file), "--engine", str(tiny_engine), "--out", str(out / "p.h5ad")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    command, captured = [sys.executable, "-c", code, *words], {"capture_output": True, "text": True}
+    done = subprocess.run(command, **captured, check=False, env=without_coverage())
     assert done.returncode == 128 + number
     assert "Traceback" not in done.stderr
     assert list(out.iterdir()) == []

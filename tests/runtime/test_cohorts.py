@@ -18,7 +18,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import write_context, write_slide
+from helpers import without_coverage, write_context, write_slide
 from stpath_runtime import Context, Engine, InputError, Slide, pipeline
 from stpath_runtime.cli import main
 from stpath_runtime.cohort import LOCK, read_cohort, run_cohort
@@ -312,9 +312,11 @@ pipeline._encode = slowly
 sys.exit(main(sys.argv[1:]))
 """
     words = ["run", cohort / "manifest.csv", "--engine", tiny_engine, "--out", tmp_path / "out", "--genes", "GENE1"]
-    started = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    command, pipes = (
+        [sys.executable, "-c", code, *map(str, words)],
+        {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE},
     )
+    started = subprocess.Popen(command, **pipes, text=True, env=without_coverage())
     wait_for = time.monotonic() + 60
     while not list((tmp_path / "out").glob("*.h5ad")):
         assert time.monotonic() < wait_for

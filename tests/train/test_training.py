@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers import a_store, an_adata, made_up_vocabulary, relative_l2
+from helpers import a_store, an_adata, made_up_vocabulary, relative_l2, without_coverage
 from stpath_runtime.errors import InputError, StoreError
 from stpath_runtime.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
@@ -363,7 +363,8 @@ def test_a_run_that_is_killed_goes_on_to_the_same_curve(configured, six_epochs, 
 
 def test_ctrl_c_ends_a_run_that_goes_on_later(configured, tmp_path):
     path = configured(run="epochs: 4000")
-    process = subprocess.Popen(command(path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command(path), **pipes, text=True, env=without_coverage())
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoints/last-epoch=1*")) and time.monotonic() < deadline:
         time.sleep(0.01)
