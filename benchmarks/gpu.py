@@ -37,7 +37,6 @@ from stpath_export.exporter import export_engine
 from stpath_export.proof import random_slide, relative_l2
 from stpath_runtime import Engine, ParityError, Slide
 from stpath_runtime.manifest import sha256
-from stpath_runtime.memory import available_on_gpu
 from stpath_runtime.output import written_whole
 from stpath_runtime.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
@@ -314,7 +313,7 @@ def _machine(device: str) -> dict[str, Any]:
     return {
         "dry_run": dry,
         "device": platform.processor() or platform.machine() if dry else torch.cuda.get_device_name(device),
-        "free_bytes": None if dry else available_on_gpu(device.removeprefix("cuda:")),
+        "free_bytes": None if dry else torch.cuda.mem_get_info(device)[0],
         "cuda": torch.version.cuda,
         "versions": {name: found for name in LIBRARIES if (found := known(name))},
         "commit": commit,

@@ -1,6 +1,6 @@
 """The stages of an engine as modules, with the weights of a reference model (see `stpath_runtime.encoder`).
 
-Each is exported on its own; `Fused` and `FusedKnn` compose the same modules into one graph of a whole slide.
+Each is exported on its own; `Fused` composes the same modules into one graph of a whole slide.
 T spots in a tile, M keys, F features, d width, G genes, R gene rows, P tokens; b blocks of B rows and K keys.
 """
 
@@ -139,7 +139,10 @@ class Head(nn.Module):
 
 
 class Fused(nn.Module):
-    """All stages of a whole slide in one graph: inputs of embed, coordinates and token ids -> embedding, expression."""
+    """All stages of a whole slide in one graph: inputs of embed, coordinates and token ids -> embedding, expression.
+
+    With kNN attention the spots are in block order, and key_index is into all rows.
+    """
 
     def __init__(self, embed: Embed, blocks: Sequence[BlockStage], head: Head) -> None:
         super().__init__()
@@ -154,31 +157,13 @@ class Fused(nn.Module):
         gene_rows: Tensor,
         gene_row: Tensor,
         token_ids: Tensor,
+        key_index: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         x, *kv = self.embed(features, organ, technology, gene_rows, gene_row)
+        keys = () if key_index is None else (key_index, mask)
         for block in self.blocks:
-            x, *kv = block(x, coords, *kv, coords)
-        return x, self.head(x, token_ids)
-
-
-class FusedKnn(Fused):
-    """The same with kNN attention: spots in block order, key_index into all rows."""
-
-    def forward(  # type: ignore[override]
-        self,
-        features: Tensor,
-        coords: Tensor,
-        organ: Tensor,
-        technology: Tensor,
-        gene_rows: Tensor,
-        gene_row: Tensor,
-        key_index: Tensor,
-        mask: Tensor,
-        token_ids: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        x, *kv = self.embed(features, organ, technology, gene_rows, gene_row)
-        for block in self.blocks:
-            x, *kv = block(x, coords, *kv, coords, key_index, mask)
+            x, *kv = block(x, coords, *kv, coords, *keys)
         return x, self.head(x, token_ids)
 
 
@@ -217,8 +202,8 @@ def graphs(model: STPath) -> list[Graph]:
         _graph(
             model,
             "fused_knn",
-            FusedKnn(embed, to_nearest, head),
-            f"{spot_inputs} key_index mask token_ids",
+            Fused(embed, to_nearest, head),
+            f"{spot_inputs} token_ids key_index mask",
             "embedding expression",
         ),
     ]

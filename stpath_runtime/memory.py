@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
-from .errors import MemoryLimitError, OptionError
+from .errors import OptionError
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -37,24 +36,6 @@ def memory_of_process(field: str = "VmHWM") -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None, f"Linux tells {field} of every process"
     return int(match[1]) * 1024
-
-
-def available_on_gpu(index: str) -> int:
-    """Bytes free on an NVIDIA GPU.
-
-    Raises
-    ------
-    InputError
-        If nvidia-smi does not tell.
-    """
-    command = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return int(done.stdout.strip()) * 2**20
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
-        raise MemoryLimitError(
-            f"cuda:{index}: nvidia-smi does not tell its free memory ({error}); give --memory"
-        ) from error
 
 
 def parse_bytes(text: str) -> int:

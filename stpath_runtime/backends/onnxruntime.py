@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from ..errors import BackendError, InstallError
 from ..memory import available_on_host
-from . import ENOUGH_ROWS, Arrays, installed
-from .workspace import GpuWorkspace, HostWorkspace
+from . import ENOUGH_ROWS, Arrays, Workspace, installed
+from .workspace import HostWorkspace
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # that write one folder
 
@@ -44,7 +44,7 @@ class OnnxRuntimeBackend:
         outputs: list[npt.NDArray[np.generic]] = self._session(graph).run(None, dict(inputs))
         return outputs
 
-    def workspace(self) -> AbstractContextManager[HostWorkspace | GpuWorkspace]:
+    def workspace(self) -> AbstractContextManager[Workspace]:
         """Host memory, for any number of threads."""
         return nullcontext(HostWorkspace(self.run))
 

@@ -257,21 +257,23 @@ def test_too_little_memory_for_one_tile(engine, gpu, tiny):
         engine.embed(slide, memory=1 << 30)
 
 
-def test_a_graph_that_finds_no_memory(engine, tiny, monkeypatch):
+@pytest.mark.parametrize(
+    ("said", "kind", "told"),
+    [
+        (
+            "Failed to allocate memory for requested buffer of size 123",
+            InputError,
+            "cuda:0: not enough GPU memory for a tile of embed; give less with --memory",
+        ),
+        ("illegal memory access", RuntimeError, "^illegal memory access$"),  # a fault of ours, not of the input
+    ],
+)
+def test_what_onnxruntime_says_of_a_graph_that_fails(engine, tiny, monkeypatch, said, kind, told):
     def fail(self, binding, options):
-        raise RuntimeError("Failed to allocate memory for requested buffer of size 123")
+        raise RuntimeError(said)
 
     monkeypatch.setattr(CudaSession, "run_with_iobinding", fail)
-    with pytest.raises(InputError, match="cuda:0: not enough GPU memory for a tile of embed; give less with --memory"):
-        engine.embed(random_slide(10, tiny.model.config.n_features, 0))
-
-
-def test_a_fault_of_a_kernel_is_not_taken_for_one_of_the_input(engine, tiny, monkeypatch):
-    def fail(self, binding, options):
-        raise RuntimeError("illegal memory access")
-
-    monkeypatch.setattr(CudaSession, "run_with_iobinding", fail)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
+    with pytest.raises(kind, match=told):
         engine.embed(random_slide(10, tiny.model.config.n_features, 0))
 
 
