@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from stpath_runtime.neighbors import usual_distance
+
 from .results import Row
 
 if TYPE_CHECKING:
@@ -289,11 +291,9 @@ def _maps(title: str, coords: npt.NDArray[Any], panels: int, legend: bool = Fals
 def _draw(axes: Axes, coords: npt.NDArray[Any], colors: Any, spots: npt.NDArray[np.int64] | None = None) -> Any:
     """Discs as wide as the usual distance between neighbouring spots."""
     from matplotlib.collections import EllipseCollection
-    from scipy.spatial import KDTree
 
     coords = coords.astype(float)
-    distance, _ = KDTree(coords).query(coords[:: max(1, len(coords) // 2000)], k=2)
-    width = float(np.median(np.asarray(distance)[:, 1])) or float(np.ptp(coords)) / 50 or 1.0
+    width = usual_distance(coords) or float(np.ptp(coords)) / 50 or 1.0
     places = coords if spots is None else coords[spots]
     discs = EllipseCollection(
         width, width, 0, units="xy", offsets=places, offset_transform=axes.transData, linewidths=0, rasterized=True
@@ -302,7 +302,7 @@ def _draw(axes: Axes, coords: npt.NDArray[Any], colors: Any, spots: npt.NDArray[
         discs.set_facecolor(colors)
     axes.add_collection(discs)
     (left, top), (right, bottom) = coords.min(axis=0) - width, coords.max(axis=0) + width
-    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")  # y grows downwards
+    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal", anchor="N")  # y grows downwards
     return discs
 
 
@@ -316,7 +316,7 @@ def _draw_values(
 ) -> None:
     discs = _draw(axes, coords, None, spots)
     discs.set(array=values[spots], cmap="magma", clim=(scale[0], max(scale[1], scale[0] + 1e-6)))
-    bar = figure.colorbar(discs, ax=axes, orientation="horizontal", fraction=0.05, pad=0.02, shrink=0.8)
+    bar = figure.colorbar(discs, ax=axes, orientation="horizontal", fraction=0.05, pad=0.02, shrink=0.8, panchor=False)
     bar.set_label("log1p counts", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
