@@ -12,8 +12,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+import pytest
 from anndata import AnnData
 
+from stpath_runtime.backends.openvino import process_core
 from stpath_runtime.context import Context
 from stpath_runtime.manifest import Manifest, ModelConfig
 from stpath_runtime.slide import Slide
@@ -162,3 +164,9 @@ def a_store(path: Path, slides: int = 4, spots: int = 130) -> Store:
 def without_coverage() -> dict[str, str]:
     """The environment for a process that is interrupted: a signal while coverage holds its lock would hang it."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
+
+
+def require_bf16() -> None:
+    """Skip the test on a CPU on which OpenVINO has no bfloat16."""
+    if "BF16" not in process_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16")

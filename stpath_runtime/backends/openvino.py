@@ -20,6 +20,7 @@ import hashlib
 import os
 import threading
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ SUBTRACTIONS = 2  # of positions, along x and along y, in a block
 IN_FLOAT32 = ("head",)  # whatever the precision
 NOT_CACHED = ("head", "tokens")  # one table of all genes each: read back no faster than compiled, and 80 MB
 DIGEST = 32  # bytes of SHA-256 before a cached graph
+_STARTING = threading.Lock()
 
 
 class OpenVinoBackend:
@@ -73,7 +75,7 @@ class OpenVinoBackend:
         if device != "cpu":
             raise DeviceError(f"device {device}: the backend openvino runs on the CPU; give --device cpu")
         self._ov = _import_openvino()
-        self._core = self._ov.Core()
+        self._core = process_core()
         if precision not in HINTS:
             raise BackendError(f"precision {precision}: the backend openvino has {' and '.join(HINTS)}")
         if precision == "bf16" and "BF16" not in self.capabilities():
@@ -233,6 +235,25 @@ def _import_openvino() -> Any:
     except ImportError as error:
         raise InstallError("OpenVINO is not installed; run: pip install 'stpath-engine[openvino]'") from error
     return openvino
+
+
+def process_core() -> openvino.Core:
+    """The one Core of this process, which is never freed: for all engines, in all threads.
+
+    A Core gives the thread that starts it a stack for signal handlers (sigaltstack), and unmaps it when it is freed. Of
+    several, or freed by another thread, the thread is left with a stack that is gone, and its next signal, such as
+    Ctrl-C or the end of a child process, is a segmentation fault.
+
+    Source: `SigAltStackSetup` in https://github.com/openvinotoolkit/openvino/pull/11894.
+    """
+    with _STARTING:
+        return _started()
+
+
+@cache
+def _started() -> openvino.Core:
+    core: openvino.Core = _import_openvino().Core()
+    return core
 
 
 def _last_line(error: Exception) -> str:

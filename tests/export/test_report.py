@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from helpers import require_bf16
 from stpath_export import figures, proof, report, trace
 from stpath_export.bundle import read_case, write_bundle
 from stpath_export.proof import KNN, relative_l2
@@ -117,12 +119,7 @@ def test_the_trace_ends_where_the_proof_does(engine, model, exact_model, case, n
 
 
 def test_a_low_precision_is_held_to_twice_what_pytorch_errs(tiny_engine, model, exact_model, case, tmp_path):
-    import shutil
-
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU has no bfloat16")
+    require_bf16()
     own = shutil.copytree(tiny_engine, tmp_path / "engine")
     low = copy.deepcopy(model).bfloat16()
     reduced = Engine.load(own, backend="openvino", precision="bf16")

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from helpers import require_bf16
 from stpath_export import proof
 from stpath_runtime import ParityError
 from stpath_runtime.backends.openvino import OpenVinoBackend
@@ -25,10 +26,8 @@ def _fewer_slides(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_verify_with_openvino(own, tiny_checkpoint, capsys, precision):
-    import openvino
-
-    if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU has no bfloat16")
+    if precision == "bf16":
+        require_bf16()
     words = ["verify", own, "--checkpoint", tiny_checkpoint, "--backend", "openvino", "--precision", precision]
     assert main([str(word) for word in words]) == 0
     assert f"openvino on cpu, {precision}: passed" in " ".join(capsys.readouterr().out.split())

@@ -131,8 +131,7 @@ OTHER_PAIRS = [("", VALIDATED, 0), ("", "", 2), (KNN, "", 0), (KNN, VALIDATED, 2
 @pytest.mark.parametrize(
     ("attention", "data", "workers"),
     [
-        *(("", "", 0), (KNN, VALIDATED, 0)),  # loading processes, forked, do not always live beside coverage: soak
-        *(pytest.param(*choices, marks=pytest.mark.soak) for choices in (("", VALIDATED, 2), (KNN, "", 2))),
+        *(("", "", 0), ("", VALIDATED, 2), (KNN, VALIDATED, 0), (KNN, "", 2)),  # every pair of choices
         *(pytest.param(*choices, marks=pytest.mark.soak) for choices in OTHER_PAIRS),
     ],
 )

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from helpers import load_golden, relative_l2
+from helpers import load_golden, relative_l2, require_bf16
 from stpath_export.proof import random_slide
 from stpath_runtime import Engine, InputError, Slide, encoder
 from stpath_runtime.backends import choice, open_backend
@@ -36,13 +36,6 @@ def way(request):
 @pytest.fixture
 def engine(copied, way):
     return Engine.load(copied, backend=way[0], precision=way[1])
-
-
-def require_bf16():
-    import openvino
-
-    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this CPU has no bfloat16")
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from stpath_export.proof import Case, compare, random_slide, reference
 from stpath_export.trace import trace
 from stpath_runtime import Context, Engine, InputError
 from stpath_runtime.backends import onnxruntime_cuda
+from stpath_runtime.backends.openvino import process_core
 from stpath_runtime.backends.workspace import GpuWorkspace
 
 WAYS = [{"attention": "global"}, {"attention": "knn", "neighbors": 9}]
@@ -72,7 +73,7 @@ class BfloatSession(CudaSession):
     """The same by OpenVINO, in products of float32: ONNX Runtime has no bfloat16 on a CPU."""
 
     def __init__(self, gpu, real, path, options, provider_options):
-        core = openvino.Core()
+        core = process_core()
         self.graph = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self.gpu, self.ends = gpu, {}
 
