@@ -76,7 +76,9 @@ class InputEncoder(nn.Module):
         genes = embedded[0].expand(len(features), -1)
         if context is not None:
             rows = context.log_counts @ embedded[1:]
-            genes = genes.index_put((context.spots,), rows.to(genes.dtype))  # autocast may lower a product's type
+            rows = rows.to(genes.dtype)  # autocast may lower a product's type
+            # Into a copy: torch.compile would write into the one row that was expanded (pytorch/pytorch#183986).
+            genes = genes.clone().index_put((context.spots,), rows)
         return self.image_embed(features) + genes + self.tech_embed(technology) + self.organ_embed(organ)
 
 
