@@ -57,7 +57,7 @@ class OnnxRuntimeBackend:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # Graphs run in turn, each on threads of its own: those of the last one, spinning, would take the cores of the next.
+        # Graphs run in turn, each on threads of its own: spinning, those of the last would take the cores of the next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return options, {}
 
