@@ -312,10 +312,8 @@ pipeline._encode = slowly
 sys.exit(main(sys.argv[1:]))
 """
     words = ["run", cohort / "manifest.csv", "--engine", tiny_engine, "--out", tmp_path / "out", "--genes", "GENE1"]
-    command, pipes = (
-        [sys.executable, "-c", code, *map(str, words)],
-        {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE},
-    )
+    command = [sys.executable, "-c", code, *map(str, words)]
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE}
     started = subprocess.Popen(command, **pipes, text=True, env=without_coverage())
     wait_for = time.monotonic() + 60
     while not list((tmp_path / "out").glob("*.h5ad")):
