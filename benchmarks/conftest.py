@@ -33,7 +33,6 @@ from stpath_train.model import STPath
 ROWS = pytest.StashKey[list[Row]]()
 FACTS = pytest.StashKey[dict]()
 TINY = 100  # times fewer spots
-WRONG = {"fp32": 1e-5, "fp16": 0.05, "bf16": 0.05}  # relative L2 above which a row has no speed
 
 
 def pytest_addoption(parser):
@@ -144,7 +143,7 @@ def in_turn(benchmark, rounds) -> Callable[[Mapping[Row, Call]], list[Row]]:
 def compare(in_turn, report, model, engines) -> Callable:
     """Warm calls of a case, hold them to the reference, time them in turn, and report the rows.
 
-    A call that fails, such as for want of memory or a compiler, is a row too, and says why.
+    A call that fails, such as for want of memory or a compiler, or is wrong, is a row too, and says why.
     """
 
     def run(calls: Mapping[Row, Call], case: variants.Case, limit: float | None = None) -> list[Row]:
@@ -155,8 +154,7 @@ def compare(in_turn, report, model, engines) -> Callable:
                 if row.variant == "PyTorch compiled":
                     variants.require_compiler()
                 errors[row] = relative_l2(call(), exact)
-                if errors[row] > WRONG[row.precision]:
-                    raise ArithmeticError(f"relative L2 {errors[row]:.1e} to {name}: wrong, so not timed")
+                variants.require_right(row, errors[row], name)
                 working[row] = call
             except Exception as error:
                 failed.append(replace(row, failed=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"))

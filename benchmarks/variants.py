@@ -28,6 +28,7 @@ from stpath_train.model import STPath
 
 LITERAL_BYTES = 240  # a pair of spots: 6 GB at 5,000
 REFERENCE_UP_TO = {"global": 5_000, "knn": 20_000}  # spots: float64 takes its time
+WRONG = {"fp32": 1e-5, "fp16": 0.05, "bf16": 0.05}  # relative L2 above which a result is wrong
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -126,6 +127,12 @@ def in_precision(model: STPath, dtype: torch.dtype) -> STPath:
 def _compiled(model: STPath) -> Any:
     torch._dynamo.reset()  # else the sizes of earlier slides count against a limit
     return torch.compile(model, dynamic=False)
+
+
+def require_right(row: Row, error: float, reference: str) -> None:
+    """Raise ArithmeticError where a result is so far from the reference (relative L2) that its speed says nothing."""
+    if not error <= WRONG[row.precision]:  # NaN, too
+        raise ArithmeticError(f"relative L2 {error:.1e} to {reference}: wrong, so not timed")
 
 
 def require_compiler() -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import published
-from stpath_runtime.bench.results import Results
+import variants
+from stpath_runtime.bench.results import Results, Row
 from stpath_runtime.errors import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,13 @@ def test_at_tiny_sizes(tiny_engine, tiny_checkpoint, tmp_path):
     assert {"read", "encode", "decode", "write", "load", "first call", "warm call", "stpath --help"} <= {
         row.what for row in results.rows
     }
+
+
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1.1e-5), ("fp32", float("nan")), ("bf16", 0.06)])
+def test_a_wrong_result_has_no_speed(precision, error):
+    with pytest.raises(ArithmeticError, match=r"relative L2 .* to float64: wrong, so not timed"):
+        variants.require_right(Row("latency", precision=precision), error, "float64")
+    variants.require_right(Row("latency", precision=precision), 1e-6, "float64")
 
 
 def test_the_quick_ones_are_the_key_rows():
