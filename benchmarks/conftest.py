@@ -21,12 +21,12 @@ from rich.console import Console
 import published
 import variants
 from stpath_runtime import Engine
-from stpath_runtime.bench.measure import relative_l2, ways_here
-from stpath_runtime.bench.results import Results, Row
-from stpath_runtime.bench.roofline import Peaks, measure_peaks
-from stpath_runtime.bench.tables import markdown, print_table
-from stpath_runtime.bench.timing import Call, seconds_of, with_ratios
-from stpath_runtime.manifest import sha256
+from stpath_runtime.files import sha256
+from stpath_runtime.measures.bench.measure import relative_l2, ways_here
+from stpath_runtime.measures.bench.results import Results, Row
+from stpath_runtime.measures.bench.roofline import Peaks, measure_peaks
+from stpath_runtime.measures.bench.tables import markdown, print_table
+from stpath_runtime.measures.bench.timing import Call, seconds_of, with_ratios
 from stpath_train.checkpoint import load_checkpoint
 from stpath_train.model import STPath
 

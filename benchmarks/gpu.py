@@ -34,15 +34,15 @@ from rich.table import Table
 from torch.nn.attention.flex_attention import flex_attention
 
 from stpath_export.exporter import export_engine
-from stpath_export.proof import random_slide, relative_l2
+from stpath_export.proof import prove, random_slide, relative_l2, require_passed
 from stpath_runtime import Engine, ParityError, Slide
-from stpath_runtime.manifest import sha256
-from stpath_runtime.output import written_whole
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.files import sha256, written_whole
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
 from stpath_train.inputs import knn_blocks, slide_inputs
 from stpath_train.literal import literal_forward
 from stpath_train.model import PUBLISHED_SIZES, KeyBlocks, SpatialAttention, STPath
+from variants import WRONG
 
 K = 32
 GENES = 50
@@ -90,8 +90,10 @@ def main(
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = checkpoint or _seeded(Path(folder))
-        engines = engine or _exported(checkpoint, genes, Path(folder), device)
         model = load_checkpoint(checkpoint)
+        engines = engine or _exported(checkpoint, genes, Path(folder), device)
+        for path in engine or ():  # those that are exported here are proven as they are
+            require_passed(prove(path, model, device=device, backend=backend))
         loaded = [Engine.load(path, backend=backend, device=device) for path in engines]
         rows = []
         for n in (int(word) for word in spots.split(",")):
@@ -117,10 +119,14 @@ def measure(model: STPath, engines: list[Engine], slide: Slide, attention: str, 
     for row, make in _variants(model, engines, slide, attention, device):
         rows.append(row)
         try:
+            _free(device)  # what variants before it left in caches is not this one's
             before = _used(device)
             call = make()
             found = call()  # compiles and loads
             row.relative_l2 = None if exact is None else relative_l2(found, exact)
+            if row.relative_l2 is not None and not row.relative_l2 <= WRONG[row.precision]:  # NaN is wrong, too
+                row.failed = f"wrong: relative L2 {row.relative_l2:.1e}, above {WRONG[row.precision]:.0e}"
+                continue  # a wrong result has no speed
             with _peak(device) as peak:
                 call()
             row.peak_bytes = None if before is None else peak[0] - before
@@ -291,11 +297,10 @@ def _seeded(folder: Path) -> Path:
 
 def _exported(checkpoint: Path, genes: Path | None, folder: Path, device: str) -> list[Path]:
     for precision in DTYPES:
-        where = device if precision == "bf16" else "cpu"
-        if (precision, where) == ("bf16", "cpu"):
+        if (precision, device) == ("bf16", "cpu"):
             continue  # proven on a GPU alone
         try:
-            export_engine(checkpoint, folder / precision, genes, precision, device=where)
+            export_engine(checkpoint, folder / precision, genes, precision, device=device)
         except ParityError as error:  # a result, too
             Console().print(f"{precision}: {error}")
     return [path for precision in DTYPES if (path := folder / precision).is_dir()]

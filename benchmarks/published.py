@@ -10,9 +10,9 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
-from stpath_export.exporter import published_whole, write_engine
-from stpath_runtime.manifest import sha256
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_export.exporter import write_engine
+from stpath_runtime.files import sha256, written_whole
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
 from stpath_train.model import PUBLISHED_SIZES
 
@@ -37,7 +37,8 @@ def engine(precision: str = "fp32") -> Path:
     if not path.exists():
         source = {"name": checkpoint().name, "sha256": sha256(checkpoint())}
         model, vocabulary = load_checkpoint(checkpoint()), GeneVocabulary.published()
-        with published_whole(path) as partial:
+        with written_whole(path) as partial:
+            partial.mkdir()
             write_engine(model, vocabulary, partial, precision, source)
     return path
 

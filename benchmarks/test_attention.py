@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stpath_runtime.bench.measure import relative_l2
-from stpath_runtime.bench.results import Row
-from stpath_runtime.neighbors import BLOCK, nearest, plan_blocks
-from stpath_runtime.slide import random_slide
+from stpath_runtime.encoding.neighbors import nearest, plan_blocks
+from stpath_runtime.encoding.sizes import BLOCK
+from stpath_runtime.measures.bench.measure import relative_l2
+from stpath_runtime.measures.bench.results import Row
+from stpath_runtime.slides.slide import random_slide
 from stpath_train.inputs import knn_edges
 from stpath_train.model import SpatialAttention, distance_bias
 

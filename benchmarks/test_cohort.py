@@ -7,12 +7,12 @@ from dataclasses import replace
 import h5py
 import pytest
 
-from stpath_runtime.bench.results import Row
-from stpath_runtime.bench.timing import seconds_of, with_ratios
-from stpath_runtime.cohort import read_cohort, run_cohort
-from stpath_runtime.output import Format
-from stpath_runtime.pipeline import Settings
-from stpath_runtime.slide import random_slide
+from stpath_runtime.cohort.pipeline import Settings
+from stpath_runtime.cohort.run import read_cohort, run_cohort
+from stpath_runtime.measures.bench.results import Row
+from stpath_runtime.measures.bench.timing import seconds_of, with_ratios
+from stpath_runtime.results.output import Format
+from stpath_runtime.slides.slide import random_slide
 
 K, SPOTS = 32, 4_000
 

@@ -10,8 +10,8 @@ import pytest
 
 from published import engine as published_engine
 from stpath_runtime import Context, Engine
-from stpath_runtime.bench import roofline
-from stpath_runtime.slide import random_slide
+from stpath_runtime.measures.bench import roofline
+from stpath_runtime.slides.slide import random_slide
 from variants import DTYPES, Case, by_engines, by_torch, collapsed, in_precision, predict
 
 K = 32

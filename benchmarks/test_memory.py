@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from stpath_runtime.bench.alone import Task, run_alone
-from stpath_runtime.bench.results import Row
-from stpath_runtime.memory import parse_bytes
+from stpath_runtime.machine import parse_bytes
+from stpath_runtime.measures.bench.alone import Task, run_alone
+from stpath_runtime.measures.bench.results import Row
 from torch_alone import run_torch_alone
 
 K = 32
@@ -35,6 +35,34 @@ def test_by_spots(report, engine_path, checkpoint, engines, size, pytestconfig, 
             continue
         seconds, peak = run_torch_alone(checkpoint, engine_path, variant, size(spots), k)
         report([replace(row, variant=variant, seconds=(seconds,), peak_bytes=peak)])
+
+
+BUDGETS = [
+    quick("global", 0, 3_000, "200M"),
+    ("global", 0, 10_000, "200M"),
+    ("global", 0, 10_000, "1G"),
+    quick("knn", K, 10_000, "200M"),
+    ("knn", K, 100_000, "1500M"),
+    ("knn", K, 100_000, "3G"),
+    ("knn", K, 1_000_000, "14G"),
+]
+
+
+@pytest.mark.parametrize(("attention", "k", "spots", "memory"), BUDGETS)
+def test_the_budget_is_kept(report, engine_path, engines, size, attention, k, spots, memory):
+    """What a slide takes beyond its features and beyond a process that runs 64 spots is at most `--memory`."""
+    budget, few = parse_bytes(memory), 64
+    for engine in engines if spots <= 10_000 else engines[:1]:
+        name, precision = engine.backend.name, engine.precision
+        task = Task(str(engine_path), few, 50, attention, k or None, name, precision=precision, dtype="float16")
+        base = run_alone(task)
+        found = run_alone(replace(task, spots=size(spots), memory=budget))
+        taken = (found.peak - found.features) - (base.peak - base.features)
+        note = f"--memory {memory}: {taken / budget:.0%} of it taken"
+        row = Row("memory budget", backend=name, precision=precision, attention=attention, neighbors=k)
+        row = replace(row, spots=size(spots), genes=50, seconds=(found.encode + found.decode,))
+        report([replace(row, peak_bytes=found.peak, note=note)])
+        assert taken <= budget, note
 
 
 def test_a_million_spots(report, engine_path, size):

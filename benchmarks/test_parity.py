@@ -9,7 +9,7 @@ import pytest
 
 import published
 from stpath_export.proof import prove
-from stpath_runtime.bench.results import Row
+from stpath_runtime.measures.bench.results import Row
 
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16"])

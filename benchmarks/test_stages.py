@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from stpath_runtime import read_slide
-from stpath_runtime.bench.results import Row
-from stpath_runtime.neighbors import plan_blocks
-from stpath_runtime.output import Format, write_frame
-from stpath_runtime.slide import random_slide
+from stpath_runtime.encoding.neighbors import plan_blocks
+from stpath_runtime.measures.bench.results import Row
+from stpath_runtime.results.output import Format, write_frame
+from stpath_runtime.slides.slide import random_slide
 
 K = 32
 SPOTS = 4_000
@@ -36,7 +36,7 @@ def test_parts_of_a_prediction(in_turn, report, engines, size, tmp_path):
         calls[Row("encode", attention="knn", neighbors=K, **spots, **by)] = encode
         calls[Row("decode", genes=len(genes), **spots, **by)] = partial(engine.decode, embedding, genes)
     calls[Row("read", "h5", precision="", **spots)] = partial(read_slide, path)
-    (prediction,) = engines[0].encode([slide], genes=genes, attention="knn", neighbors=K)
+    (prediction,) = engines[0].predict_many([slide], genes=genes, attention="knn", neighbors=K)
     values = engines[0].decode(prediction.embedding, genes)  # ready: decoding is timed above
     for form in (Format.H5AD, Format.ZARR):
         row = Row("write", form.value, precision="", genes=len(genes), **spots)

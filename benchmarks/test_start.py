@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from stpath_runtime.bench.alone import Task, run_alone
-from stpath_runtime.bench.results import Row
-from stpath_runtime.bench.timing import seconds_of
-from stpath_runtime.slide import random_slide
+from stpath_runtime.measures.bench.alone import Task, run_alone
+from stpath_runtime.measures.bench.results import Row
+from stpath_runtime.measures.bench.timing import seconds_of
+from stpath_runtime.slides.slide import random_slide
 from variants import Case, by_engines
 
 pytestmark = pytest.mark.quick

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stpath_runtime.bench.results import Row
+from stpath_runtime.measures.bench.results import Row
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.model import PUBLISHED_SIZES
 from stpath_train.training import masked_loss

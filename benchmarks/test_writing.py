@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stpath_runtime.bench.results import Row
-from stpath_runtime.bench.timing import seconds_of
-from stpath_runtime.output import CHUNK, Format, remove, write_frame
-from stpath_runtime.prediction import new_frame
-from stpath_runtime.slide import random_slide
+from stpath_runtime.encoding.sizes import CHUNK
+from stpath_runtime.files import remove
+from stpath_runtime.measures.bench.results import Row
+from stpath_runtime.measures.bench.timing import seconds_of
+from stpath_runtime.results.output import Format, write_frame
+from stpath_runtime.results.prediction import new_frame
+from stpath_runtime.slides.slide import random_slide
 
 BLOCKS = 8
 FORMS = [Format.H5AD, Format.ZARR]
@@ -27,9 +29,9 @@ FORMS = [Format.H5AD, Format.ZARR]
 def test_speed(in_turn, report, engines, tmp_path, form):
     """Each to the disk; the base is a plain file. Values are ready: decoding them is not timed."""
     engine = engines[0]
-    names, tokens = engine.panel(None)
+    panel = engine.vocabulary.panel(None)
     slide = random_slide(BLOCKS * CHUNK[0], 1, 0)
-    frame = new_frame(slide, names, engine.vocabulary.gene_ids(tokens), {"engine": "benchmark"}, None)
+    frame = new_frame(slide, panel.names, panel.gene_ids, {"engine": "benchmark"}, None)
     # Predictions of the model: what a compressor makes of them is a part of the speed.
     values = engine.decode(engine.embed(random_slide(CHUNK[0], engine.manifest.model.n_features, 0)))
     plain, ours = tmp_path / "plain", tmp_path / f"p{form.suffix}"
@@ -45,10 +47,10 @@ def test_speed(in_turn, report, engines, tmp_path, form):
         remove(ours)
         with write_frame(frame, ours, form, np.dtype(np.float32)) as put:
             for block in range(BLOCKS):
-                put(slice(block * CHUNK[0], (block + 1) * CHUNK[0]), slice(0, len(tokens)), values)
+                put(slice(block * CHUNK[0], (block + 1) * CHUNK[0]), slice(0, len(panel)), values)
         os.sync()
 
-    sizes = {"precision": "", "spots": len(slide), "genes": len(tokens)}
+    sizes = {"precision": "", "spots": len(slide), "genes": len(panel)}
     what = f"write all genes, {form.value}"
     rows = in_turn({Row(what, "plain file", **sizes): sequentially, Row(what, form.value, **sizes): write})
     megabytes = BLOCKS * values.nbytes / 1e6
@@ -71,12 +73,12 @@ def _main(engine: str, out: str, form: str, spots: str) -> None:
     import warnings
 
     from stpath_runtime import Engine
-    from stpath_runtime.memory import memory_of_process
+    from stpath_runtime.machine import memory_of_process
 
     warnings.simplefilter("ignore")
     loaded = Engine.load(engine)
     slide = random_slide(int(spots), loaded.manifest.model.n_features, 0, dtype=np.float16)
-    (prediction,) = loaded.encode([slide], attention="knn", neighbors=32)
+    (prediction,) = loaded.predict_many([slide], attention="knn", neighbors=32)
     encoder = memory_of_process()
     seconds = seconds_of(lambda: prediction.write(Path(out) / f"p{Format(form).suffix}", Format(form)))
     genes = prediction.frame.n_vars

@@ -10,11 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stpath_runtime.bench.timing import seconds_of
+from stpath_runtime.machine import memory_of_process
 from stpath_runtime.manifest import GENES
-from stpath_runtime.memory import memory_of_process
-from stpath_runtime.slide import random_slide
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.measures.bench.timing import seconds_of
+from stpath_runtime.slides.slide import random_slide
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint
 from variants import Case, collapsed, geometric, literal
 

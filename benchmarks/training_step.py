@@ -13,9 +13,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from stpath_runtime.bench.timing import seconds_of
-from stpath_runtime.memory import memory_of_process
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.machine import memory_of_process
+from stpath_runtime.measures.bench.timing import seconds_of
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.literal import literal_forward
 from stpath_train.model import PUBLISHED_SIZES, STPath

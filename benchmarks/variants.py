@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from stpath_runtime import Context, Engine, Slide
-from stpath_runtime import encoder as stages
-from stpath_runtime.bench.results import Row
-from stpath_runtime.bench.timing import Call
-from stpath_runtime.encoder import Spots
-from stpath_runtime.memory import available_on_host
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.encoding import encoder as stages
+from stpath_runtime.encoding.attention import Attention
+from stpath_runtime.encoding.keys import Spots, keys_of
+from stpath_runtime.machine import available_on_host
+from stpath_runtime.measures.bench.results import Row
+from stpath_runtime.measures.bench.timing import Call
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.inputs import knn_blocks, slide_inputs
 from stpath_train.literal import literal_forward
 from stpath_train.model import STPath
@@ -82,7 +83,7 @@ def predict(engine: Engine, case: Case, tile: int = 0) -> np.ndarray:
         embedding = engine.embed(slide, context=case.context, attention=case.attention, neighbors=k or None)
         return engine.decode(embedding, case.genes)
     spots = Spots.of([slide], [None])
-    keys = engine.keys([slide], spots, case.attention, k)
+    keys = keys_of([slide], spots, engine.manifest.model, engine.precision, Attention(case.attention, k))
     embedding = stages.encode(engine.backend, engine.manifest.model, engine.precision, spots, keys, tile=tile)
     return engine.decode(embedding, case.genes)
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from stpath_runtime.context import Context
 from stpath_runtime.errors import FileError
-from stpath_runtime.slide import Slide
+from stpath_runtime.slides.context import Context
+from stpath_runtime.slides.slide import Slide
 
 from .proof import Case, Floats, describe
 
@@ -78,7 +78,8 @@ def write_bundle(
     }
     np.savez_compressed(folder / OUTPUTS, **arrays)
     (folder / ABOUT).write_text(json.dumps(plain({"comparison": row, **about}), indent=1) + "\n", encoding="utf-8")
-    (folder / README).write_text(TEXT.format(comparison=describe(row), **about), encoding="utf-8")
+    text = TEXT.format(comparison=describe(row), **about)
+    (folder / README).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_case(path: Path) -> Case:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stpath_runtime import commands
-from stpath_runtime.commands import Backend, Device
+from stpath_runtime.cli.options import Backend, Device, chosen_backend
+from stpath_runtime.cli.options import Precision as RunPrecision
 from stpath_runtime.errors import CheckpointError
 from stpath_runtime.progress import progress_bar
 from stpath_train.cli import TRAIN, require
@@ -64,14 +64,14 @@ def verify(
     ] = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
-    precision: commands.Precision = None,
+    precision: RunPrecision = None,
 ) -> None:
     """Repeat the proof of parity for an engine that exists, on a backend and in a precision that it can run."""
     require_torch()
     from rich.console import Console
 
+    from stpath_runtime.cli.info import print_parity
     from stpath_runtime.engine import Engine
-    from stpath_runtime.info import print_parity
     from stpath_runtime.readers import read_slide
 
     from .bundle import read_case
@@ -80,25 +80,27 @@ def verify(
 
     if report is not None:
         require_folder(report)
-    backend = commands.chosen_backend(engine, backend, device, precision)
-    how: dict[str, Any] = {"backend": backend, "device": device, "precision": precision}
+    backend = chosen_backend(engine, backend, device, precision)
     given = [] if slide is None else [read_case(slide) if slide.suffix == ".npz" else read_slide(slide)]
     model, digest = _reference(checkpoint, engine)
     with progress_bar(f"prove {engine.name}") as on_step:
-        proof = prove(engine, model, given, **how, on_step=on_step)
+        proof = prove(engine, model, given, backend=backend, device=device, precision=precision, on_step=on_step)
     print_parity(proof, Console(width=None if Console().is_terminal else 160, highlight=False))
     if report is not None:
-        options = {"checkpoint": checkpoint, "slide": slide, "report": report, **how}
+        options: dict[str, Path | str | None] = {"checkpoint": checkpoint, "slide": slide, "report": report}
+        options |= {"backend": backend, "device": device, "precision": precision}
         source = {"name": checkpoint.name, "sha256": digest}
         with progress_bar(f"trace {engine.name}") as on_step:
-            said = write_report(report, Engine.load(engine, **how), model, given, proof, options, source, on_step)
+            loaded = Engine.load(engine, backend=backend, device=device, precision=precision)
+            said = write_report(report, loaded, model, given, proof, options, source, on_step)
         typer.echo(f"{report / PAGE}: {said}")
     require_passed(proof)
 
 
 def _reference(checkpoint: Path, engine: Path) -> tuple[STPath, str]:
     """The model that an engine is held to, and the SHA-256 of its file."""
-    from stpath_runtime.manifest import Manifest, sha256
+    from stpath_runtime.files import sha256
+    from stpath_runtime.manifest import Manifest
     from stpath_train.checkpoint import load_checkpoint
 
     manifest = Manifest.read(engine)

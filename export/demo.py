@@ -16,20 +16,21 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from stpath_runtime.context import Context, masked_spots
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import ParityError
-from stpath_runtime.output import write_h5ad, written_whole
-from stpath_runtime.plot import draw_maps
+from stpath_runtime.files import written_whole
 from stpath_runtime.progress import progress_bar
 from stpath_runtime.readers import read_slide
-from stpath_runtime.sample import load_sample, write_features
-from stpath_runtime.vocabulary import FIRST_GENE_TOKEN
+from stpath_runtime.results.output import write_h5ad
+from stpath_runtime.results.plot import draw_maps
+from stpath_runtime.slides.context import Context, masked_spots
+from stpath_runtime.slides.sample import load_sample, write_features
+from stpath_runtime.slides.vocabulary import FIRST_GENE_TOKEN
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from stpath_runtime.slide import Slide
+    from stpath_runtime.slides.slide import Slide
     from stpath_train.cohort import World
 
     Expression = npt.NDArray[np.floating[Any]]

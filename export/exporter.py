@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +16,10 @@ import onnx_ir as ir
 import torch
 
 from stpath_runtime.errors import OptionError, OutputError, VocabularyError
-from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest, sha256
-from stpath_runtime.output import require_writable
+from stpath_runtime.files import require_writable, sha256, written_whole
+from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest
 from stpath_runtime.progress import OnTile
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, require_genes
 from stpath_train.model import STPath
 
@@ -106,7 +104,8 @@ def export_engine(
     vocabulary = read_vocabulary(genes, model, str(checkpoint))
     require_genes(checkpoint, vocabulary, str(genes or "the published vocabulary"))
     source = {"name": checkpoint.name, "sha256": sha256(checkpoint)}
-    with published_whole(out) as directory:
+    with written_whole(out) as directory:
+        directory.mkdir()
         manifest = write_engine(model, vocabulary, directory, precision, source, on_step)
         report = prove(directory, model, device=device)
         require_passed(report)
@@ -165,19 +164,6 @@ def write_engine(
     )
     manifest.write(directory)
     return manifest
-
-
-@contextmanager
-def published_whole(out: Path) -> Iterator[Path]:
-    """Give an empty folder beside `out`; rename it to `out` when the block ends well, delete it when it does not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:

@@ -103,12 +103,12 @@ def _worst(trace: Trace, stage: str, who: str, which: str) -> float:
     return float(np.max([row[who][which]["relative_l2"] for row in trace.rows if row["stage"] == stage]))
 
 
-def _figure(title: str, rows: int, columns: int, **how: Any) -> tuple[Figure, Any]:
+def _figure(title: str, rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6 * columns, SIZE * rows + 1), layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
-    return figure, figure.subplots(rows, columns, squeeze=False, **how)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def _name(axes: Axes, trace: Trace) -> None:

@@ -12,14 +12,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from stpath_runtime import encoder
-from stpath_runtime.context import Context
-from stpath_runtime.encoder import AllSpots, NearestSpots, Spots
-from stpath_runtime.engine import Engine
+from stpath_runtime.encoding import encoder
+from stpath_runtime.encoding.attention import Attention
+from stpath_runtime.encoding.keys import AllSpots, NearestSpots, Spots, keys_of
+from stpath_runtime.engine import Engine, check_slide
 from stpath_runtime.errors import ParityError
 from stpath_runtime.progress import OnTile
-from stpath_runtime.slide import Slide, random_slide
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
+from stpath_runtime.slides.context import Context
+from stpath_runtime.slides.slide import Slide, random_slide
+from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 from stpath_train.inputs import slide_inputs
 from stpath_train.model import STPath
 
@@ -125,7 +126,7 @@ def prove(
     engine = Engine.load(directory, backend=backend, device=device, precision=precision)
     cases = all_cases(model, engine.vocabulary, given)
     for case in cases:
-        engine.check(case.slide)
+        check_slide(case.slide, engine.manifest)
     todo = [(case, neighbors) for case in cases for neighbors in attentions(case)]
     rows = []
     exact_model = copy.deepcopy(model).to(torch.float64)
@@ -237,10 +238,11 @@ def compare(
 
 
 def spots_and_keys(engine: Engine, case: Case, neighbors: int | None) -> tuple[Spots, AllSpots | NearestSpots]:
-    """A case as `stpath_runtime.encoder` takes it."""
+    """A case as `stpath_runtime.encoding.encoder` takes it."""
     rows = case.context.resolve(case.slide, engine.vocabulary) if case.context is not None else None
     spots = Spots.of([case.slide], [rows])
-    return spots, engine.keys([case.slide], spots, kind(neighbors), neighbors or 0)
+    attention = Attention(kind(neighbors), neighbors or 0)
+    return spots, keys_of([case.slide], spots, engine.manifest.model, engine.precision, attention)
 
 
 def kind(neighbors: int | None) -> str:
@@ -253,7 +255,7 @@ def engine_paths(engine: Engine, case: Case, neighbors: int | None) -> Iterator[
     attention = kind(neighbors)
     spots, keys = spots_and_keys(engine, case, neighbors)
     backend, model, precision = engine.backend, engine.manifest.model, engine.precision
-    tokens = engine.vocabulary.all_tokens() if case.genes is None else engine.vocabulary.tokens(case.genes)
+    tokens = engine.vocabulary.panel(case.genes).tokens
     embedding = encoder.encode(backend, model, precision, spots, keys)
     yield f"{attention}, stages", (embedding, engine.decode(embedding, case.genes))
     small = max(SMALL_TILE, keys.unit)

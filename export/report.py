@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from stpath_runtime.bench.machine import commit, machine, versions
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import OutputError
-from stpath_runtime.output import require_writable, written_whole
-from stpath_runtime.plot import require_matplotlib
+from stpath_runtime.files import require_writable, written_whole
+from stpath_runtime.measures.bench.machine import commit, machine, versions
 from stpath_runtime.progress import OnTile
-from stpath_runtime.slide import Slide
+from stpath_runtime.results.plot import require_matplotlib
+from stpath_runtime.slides.slide import Slide
 from stpath_train.model import STPath
 
 from .bundle import INPUTS, plain, write_bundle
@@ -130,7 +130,7 @@ def write_report(
         facts = plain(facts)
         (folder / REPORT).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         pictures = {name: (folder / name).read_bytes() for name in FIGURES}
-        (folder / PAGE).write_text(page(facts, pictures), encoding="utf-8")
+        (folder / PAGE).write_text(page(facts, pictures), encoding="utf-8", errors="backslashreplace")
         if failed is not None:
             (folder / BUNDLE).mkdir()
             case = next(case for case in cases if case.name == failed["case"])

@@ -1,4 +1,4 @@
-"""The stages of an engine as modules, with the weights of a reference model (see `stpath_runtime.encoder`).
+"""The stages of an engine as modules, with the weights of a reference model (see `stpath_runtime.encoding.encoder`).
 
 Each is exported on its own; `Fused` composes the same modules into one graph of a whole slide.
 T spots in a tile, M keys, F features, d width, G genes, R gene rows, P tokens; b blocks of B rows and K keys.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stpath_runtime.neighbors import BLOCK
+from stpath_runtime.encoding.sizes import BLOCK
 from stpath_train.model import Block, STPath, distance_bias
 
 

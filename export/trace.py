@@ -3,8 +3,9 @@
 A stage errs in two ways. *Accumulated*: in the engine's own row of stages, as it predicts. *Own*: alone, handed the
 reference's numbers, rounded to the type that passes between the stages. Where the own error rises, the error enters.
 
-Both are of the stages as `stpath_runtime.encoder` runs them: a backend is wrapped that keeps what each stage gives, and
-hands on the reference's numbers in its place. PyTorch is the model itself, in the precision of the engine, with hooks.
+Both are of the stages as `stpath_runtime.encoding.encoder` runs them: a backend is wrapped that keeps what each stage
+gives, and hands on the reference's numbers in its place. PyTorch is the model itself, in the precision of the
+engine, with hooks.
 
 N spots, d width, G genes, C context spots.
 """
@@ -23,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stpath_runtime import encoder
-from stpath_runtime.backends import Array, Arrays, Backend, Workspace
-from stpath_runtime.encoder import DTYPES, KV_DTYPES, AllSpots, NearestSpots
+from stpath_runtime.encoding import encoder
+from stpath_runtime.encoding.backend import Array, Arrays, Backend, Workspace
+from stpath_runtime.encoding.keys import AllSpots, NearestSpots
+from stpath_runtime.encoding.sizes import DTYPES, KV_DTYPES
 from stpath_runtime.engine import Engine
 from stpath_runtime.progress import OnTile
-from stpath_runtime.vocabulary import MASK_TOKEN, GeneVocabulary
+from stpath_runtime.slides.vocabulary import MASK_TOKEN, GeneVocabulary
 from stpath_train.inputs import slide_inputs
 from stpath_train.model import Block, STPath
 
@@ -176,7 +178,8 @@ class Tracer:
     """
 
     def __init__(self, backend: Backend, handed: Mapping[str, Sequence[Floats]]) -> None:
-        self.name, self.device, self.enough_rows = backend.name, backend.device, backend.enough_rows
+        self.name, self.device = backend.name, backend.device
+        self.most_rows, self.keeps_tiles = backend.most_rows, backend.keeps_tiles
         self._backend, self._handed = backend, handed
         self._tiles: dict[str, list[list[Floats]]] = {}
 
@@ -194,6 +197,10 @@ class Tracer:
     def available_memory(self) -> int:
         """Bytes that the device has to give."""
         return self._backend.available_memory()
+
+    def close(self) -> None:
+        """Close the backend."""
+        self._backend.close()
 
     def keep(self, graph: str, found: Sequence[Floats]) -> list[Floats]:
         """Keep a tile's outputs; returns what is handed on in their place, if anything is.

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .context import Context
 from .engine import Engine
-from .errors import CheckpointError, ContextError, FileError, InputWarning, VocabularyError
-from .manifest import sha256
-from .slide import Slide
-from .vocabulary import GeneVocabulary
+from .errors import CheckpointError, ContextError, FileError, VocabularyError, warn
+from .files import sha256
+from .slides.context import Context
+from .slides.slide import Slide
+from .slides.vocabulary import GeneVocabulary
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -138,10 +137,8 @@ def _device(device: int | str) -> str:
         return name  # loading the engine says what to install
     if "CUDAExecutionProvider" in providers:
         return name
-    warnings.warn(
+    warn(
         f"device {device}: ONNX Runtime for GPUs is not installed, this runs on the CPU; give device='cpu' to say "
-        "so, or install stpath-engine[gpu]",
-        InputWarning,
-        stacklevel=3,
+        "so, or install stpath-engine[gpu]"
     )
     return "cpu"

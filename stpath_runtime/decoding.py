@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine
-from .errors import InputWarning, PredictionError
-from .output import SHAPES, TABLE, Format
-from .prediction import EMBEDDING, Prediction
+from .engine import Engine, check_embedding
+from .errors import PredictionError, warn
 from .progress import OnTile
-from .readers import open_prediction
 from .readers.opening import opened
 from .readers.zarrs import ZarrSource
+from .results.output import SHAPES, TABLE, Format
+from .results.prediction import EMBEDDING, Prediction
+from .results.reading import open_prediction
 
-WRITTEN = ("uns/stpath", "uns/spatialdata_attrs", f"tables/{TABLE}", f"shapes/{SHAPES}", "var/gene_ids")
-LOST = ("uns", "layers", "raw", "obsp", "varm", "varp")  # groups of which nothing else is kept
+if TYPE_CHECKING:
+    import pandas as pd
+
+OURS = ("uns/stpath", "uns/spatialdata_attrs", f"tables/{TABLE}", f"shapes/{SHAPES}", "var/gene_ids")
+DROPPED = ("uns", "layers", "raw", "obsp", "varm", "varp")  # groups of which nothing else is kept
 
 
 def add_genes(
@@ -61,27 +64,45 @@ def add_genes(
         made_by, embedding = found.uns["stpath"].get("engine"), found.obsm.get(EMBEDDING)
         if embedding is None:
             raise PredictionError(f"{prediction}: keeps no embedding; predict it again with --embeddings")
+        if made_by is None:
+            raise PredictionError(
+                f"{prediction}: does not say which engine made it (uns['stpath'] is gone, as after anndata.concat "
+                "without uns_merge); decode the parts, or predict it again"
+            )
         if made_by != engine.hash():
             raise PredictionError(
                 f"{prediction}: predicted by another engine ({str(made_by)[:12]}…, not {engine.path}, "
                 f"{engine.hash()[:12]}…); give that one, or predict it again with this one"
             )
-        embedding = engine.check_embedding(embedding, f"{prediction}: obsm[{EMBEDDING!r}]")
-        names, tokens = engine.panel(genes)
-        ids = np.array(engine.vocabulary.gene_ids(tokens))
-        lacking = ~np.isin(ids, found.var["gene_ids"])
-        added = pd.DataFrame({"gene_ids": ids[lacking]}, index=pd.Index(names, dtype=object)[lacking])
+        embedding = check_embedding(embedding, f"{prediction}: obsm[{EMBEDDING!r}]", engine.manifest)
+        panel = engine.vocabulary.panel(genes)
+        ids = np.array(panel.gene_ids)
+        kept = _gene_ids(engine, prediction, found.var)
+        lacking = ~np.isin(ids, kept)
+        added = pd.DataFrame({"gene_ids": ids[lacking]}, index=pd.Index(panel.names, dtype=object)[lacking])
         if len(added) and found.uns["stpath"].get("context_filled"):
-            warnings.warn(
+            warn(
                 f"{prediction}: its context spots hold measured values (--fill-context); those of the added genes are "
-                "predicted there, too",
-                InputWarning,
-                stacklevel=2,
+                "predicted there, too"
             )
-        genes_of = pd.concat([found.var[["gene_ids"]], added])
+        genes_of = pd.concat([pd.DataFrame({"gene_ids": kept}, index=found.var_names), added])
         frame = AnnData(obs=found.obs, var=genes_of, obsm=dict(found.obsm), uns=dict(found.uns))
-        Prediction(engine, frame, embedding, tokens[lacking], earlier=x).write(target, form, dtype, on_tile)
+        written = Prediction(engine.backend, engine.precision, frame, embedding, panel.tokens[lacking], earlier=x)
+        written.write(target, form, dtype, on_tile)
     return frame.n_obs, len(added), found.n_vars
+
+
+def _gene_ids(engine: Engine, prediction: Path, var: pd.DataFrame) -> list[str]:
+    """The Ensembl ids of a prediction's genes; by their names, where joining predictions dropped the ids."""
+    if "gene_ids" in var:
+        return [str(gene) for gene in var["gene_ids"]]
+    tokens = [engine.vocabulary.find(str(name)) for name in var.index]
+    if unknown := [name for name, token in zip(var.index, tokens, strict=True) if token is None]:
+        raise PredictionError(
+            f"{prediction}: var has no gene_ids, and {len(unknown):,} of its names are not known to the engine, the "
+            f"first is {unknown[0]!r}; predict it again"
+        )
+    return engine.vocabulary.gene_ids([token for token in tokens if token is not None])
 
 
 def _require_nothing_lost(prediction: Path, columns: Iterable[str]) -> None:
@@ -92,10 +113,10 @@ def _require_nothing_lost(prediction: Path, columns: Iterable[str]) -> None:
             raise PredictionError(f"{prediction}: an archive, which is not written anew; give --out, a .zarr or .h5ad")
         spatial = zarr and "tables" in source.names()
         at = f"tables/{TABLE}/" if spatial else ""
-        held = [f"{group}/{name}" for group in LOST for name in source.names(f"{at}{group}")]
+        held = [f"{group}/{name}" for group in DROPPED for name in source.names(f"{at}{group}")]
         held += [f"{kind}/{name}" for kind in source.names() if spatial for name in source.names(kind)]
     held += [f"var/{column}" for column in columns]
-    if more := [name for name in held if name not in WRITTEN]:
+    if more := [name for name in held if name not in OURS]:
         raise PredictionError(
             f"{prediction}: holds what stpath did not write and would not keep ({', '.join(more[:3])}"
             f"{', ...' if len(more) > 3 else ''}); give --out, another file"

@@ -5,8 +5,14 @@ Every code is a row of docs/errors.md: its cause and its mend.
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import ClassVar
 
+PACKAGES = ("stpath_runtime", "stpath_train", "stpath_export")
 FAULT = "fault"  # of this program
 INTERRUPTED = "interrupted"
 
@@ -178,6 +184,36 @@ class ParityError(RuntimeError):
 
 class InputWarning(UserWarning):
     """The input is odd, and the result may be: the message says why."""
+
+
+_COLLECT: ContextVar[Callable[[str], None] | None] = ContextVar("collect", default=None)
+
+
+@contextmanager
+def warnings_to(collect: Callable[[str], None]) -> Iterator[None]:
+    """Hand the warnings of a block to a function, in this thread or task alone; nothing global is replaced."""
+    token = _COLLECT.set(collect)
+    try:
+        yield
+    finally:
+        _COLLECT.reset(token)
+
+
+def warn(message: str) -> None:
+    """Warn of odd input, at the line of the caller's own code that led here, however deep in this package."""
+    collect = _COLLECT.get()
+    if collect is not None:
+        collect(message)
+        return
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in PACKAGES:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, InputWarning, stacklevel=level)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def code_of(error: BaseException) -> str:

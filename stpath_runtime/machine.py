@@ -1,26 +1,69 @@
-"""How much memory a device has to give, and how much this process took."""
+"""What this machine is: its memory, CPU and GPUs, and the packages that are installed."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .errors import OptionError
+from .errors import OptionError, first_line
 
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+CGROUPS = Path("/sys/fs/cgroup")
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def available_on_host() -> int:
     """Bytes that this process may still take: what the system has available, within the limit of its cgroup."""
-    found = []
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists() and (match := re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())):
-        found.append(int(match[1]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        found.append(int(text) - int(used.read_text()))
-    return min(found) if found else memory_of_host()
+    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
+    of_system = int(match[1]) * 1024 if match else memory_of_host()
+    return max(0, min([of_system, *available_in_cgroups()]))
+
+
+def available_in_cgroups(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes that each memory cgroup of this process may still take: its own and those around it, versions 1 and 2.
+
+    Files that were read and may be dropped at once (inactive_file of memory.stat) are free.
+
+    Parameters
+    ----------
+    root
+        Where cgroups are mounted: of version 2, or the folder with `memory` of version 1.
+    membership
+        What tells the cgroups of this process.
+    """
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    free = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names, mount = ("memory.max", "memory.current", "inactive_file"), root
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            mount = root / "memory"
+        else:
+            continue
+        inside = mount / path.lstrip("/")
+        # In a container the path may be that of the host, which is not mounted: then the root is the container's.
+        for folder in dict.fromkeys([inside, *inside.parents, mount]):
+            if folder == mount or mount in folder.parents:
+                free += _free_of(folder, *names)
+    return free
+
+
+def _free_of(folder: Path, limit: str, used: str, inactive: str) -> list[int]:
+    """Bytes that one cgroup may still take; none where it has no limit."""
+    try:
+        text, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    return [int(text) - taken + int(stat.get(inactive, 0))] if text.isdigit() else []
 
 
 def memory_of_host() -> int:
@@ -38,16 +81,78 @@ def memory_of_process(field: str = "VmHWM") -> int:
     return int(match[1]) * 1024
 
 
-def parse_bytes(text: str) -> int:
-    """Bytes from '6G', '500M', '1.5 GB' or a plain number; K, M, G and T are powers of 1,024.
+def parse_bytes(size: int | str) -> int:
+    """Bytes from "6G", "500M", "1.5 GB" or a number; K, M, G and T are powers of 1,024.
 
     Raises
     ------
     InputError
         If it is none of these, or not above 0.
+
+    Examples
+    --------
+    >>> parse_bytes("1.5 GB")
+    1610612736
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if size <= 0:
-        raise OptionError(f"memory {text!r} is no size; give a number with K, M, G or T, such as 6G")
-    return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(size), re.IGNORECASE | re.ASCII)
+    number = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    if number <= 0:
+        raise OptionError(f"memory {size!r} is no size; give a number with K, M, G or T, such as 6G")
+    return number
+
+
+def network_setting_at_fault(error: BaseException) -> str | None:
+    """What to do about a variable of the surroundings that keeps a connection from starting; None where none does.
+
+    A certificate file that is gone, or a proxy of a kind that the HTTP library does not know.
+    """
+    for name in CERTIFICATES:
+        if (path := os.environ.get(name)) and not Path(path).exists():
+            return f"{name} names {path}, which is not there: unset it, or give a file of certificates"
+    chain, text = error, ""
+    while chain is not None and len(text) < 10_000:
+        text, chain = f"{text} {type(chain).__name__} {chain}", chain.__cause__ or chain.__context__  # type: ignore[assignment]
+    if re.search("prox|socks", text, re.IGNORECASE):
+        for name in PROXIES:
+            if value := os.environ.get(name) or os.environ.get(name.lower()):
+                fix = "pip install 'httpx[socks]', or unset it" if value.startswith("socks5") else "correct or unset it"
+                return f"the proxy of {name}={value} cannot be used ({first_line(error)}): {fix}"
+    return None
+
+
+def cpu_features() -> list[str]:
+    """Which of CPU_FEATURES this machine's CPU has."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    flags = {word for line in lines if line.startswith("flags") for word in line.split()}
+    return [feature for feature in CPU_FEATURES if feature in flags]
+
+
+def nvidia_gpus() -> list[str]:
+    """Names and memory of the NVIDIA GPUs, by the driver itself; none where there is no driver, or it finds none.
+
+    Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__DEVICE.html.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    found = []
+    for index in range(count.value):
+        device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
+        driver.cuDeviceGet(ctypes.byref(device), index)
+        driver.cuDeviceGetName(name, len(name), device)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+        found.append(f"{name.value.decode(errors='replace')}, {memory.value // 2**20} MiB")
+    return found
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, as the package index names it; None where it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import EngineError, InputError
+from .errors import EngineError
+from .files import sha256
+from .records import record
 
 SCHEMA = 2  # 2: the graphs of global attention mask keys that pad, and gene rows are picked in the graph
 MANIFEST = "engine.json"
@@ -70,47 +71,52 @@ class Manifest:
                 f"{directory}: not an engine ({why}); make one with: stpath export CHECKPOINT --out ENGINE"
             )
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            schema = found["schema"]
-            if type(schema) is int and schema > 0 and schema != SCHEMA:
-                age, mend = ("newer", "upgrade stpath-engine, or ") if schema > SCHEMA else ("older", "")
-                raise EngineError(
-                    f"{path}: schema {schema} is {age} than {SCHEMA}, which this version reads; {mend}export the "
-                    "engine again with this version"
-                )
-            manifest = cls(**{**found, "model": ModelConfig(**found["model"])})
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise EngineError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if type(schema) is int and schema > 0 and schema != SCHEMA:
+            age, upgrade = ("newer", "upgrade stpath-engine, or ") if schema > SCHEMA else ("older", "")
+            raise EngineError(
+                f"{path}: schema {schema} is {age} than {SCHEMA}, which this version reads; {upgrade}export the engine "
+                "again with this version"
+            )
+        try:
+            manifest = record(cls, content)
             manifest.check()
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            if isinstance(error, InputError):
-                raise
+        except ValueError as error:
             raise EngineError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
         return manifest
 
     def check(self) -> None:
-        """Check types and values; what a damaged file holds must not be run.
+        """Check what the types of the fields do not say: a damaged engine must not run.
 
         Raises
         ------
         ValueError
-            If a field cannot be.
+            If a field has a value that it cannot have; the message names it.
         """
         model = self.model
-        sizes = [getattr(model, f.name) for f in fields(ModelConfig) if f.name not in ("attention", "neighbors")]
-        trained = {"global": model.neighbors == 0, "knn": type(model.neighbors) is int and model.neighbors > 0}
-        named = self.checkpoint | self.versions if _texts(self.checkpoint) and _texts(self.versions) else None
-        checks = {
-            "schema": type(self.schema) is int and self.schema == SCHEMA,
-            "model": all(type(size) is int and size > 0 for size in sizes) and model.d_model % model.n_heads == 0,
-            "attention": trained.get(model.attention, False),
-            "precision": self.precision in PRECISIONS,
-            "opset": type(self.opset) is int,
-            "encoder or created": isinstance(self.encoder, str) and isinstance(self.created, str),
-            "checkpoint or versions": named is not None and {"name", "sha256"} <= set(self.checkpoint),
-            "files": _texts(self.files) and set(self.files) >= {WEIGHTS, GENES, *graph_files(model.n_layers)},
-            "parity": isinstance(self.parity, dict) and self.parity.get("passed", True) is True,
-        }
-        if wrong := [name for name, right in checks.items() if not right]:
-            raise ValueError(f"{wrong[0]} is missing, or not what it can be")
+        sizes = {name: size for name, size in asdict(model).items() if name not in ("attention", "neighbors")}
+        for name, size in sizes.items():
+            if size <= 0:
+                raise ValueError(f"model.{name} is {size}, not above 0")
+        if model.d_model % model.n_heads:
+            raise ValueError(f"model.d_model is {model.d_model}, not a multiple of n_heads, {model.n_heads}")
+        if model.attention not in ATTENTIONS:
+            raise ValueError(f"model.attention is {model.attention!r}, not {' or '.join(ATTENTIONS)}")
+        if (model.neighbors > 0) != (model.attention == "knn") or model.neighbors < 0:
+            raise ValueError(f"model.neighbors is {model.neighbors} for {model.attention} attention")
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema is {self.schema}, not {SCHEMA}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}, not {', '.join(PRECISIONS)}")
+        if missing := sorted({"name", "sha256"} - set(self.checkpoint)):
+            raise ValueError(f"checkpoint.{missing[0]} is missing")
+        if missing := sorted({WEIGHTS, GENES, *graph_files(model.n_layers)} - set(self.files)):
+            raise ValueError(f"files names no {missing[0]}")
+        if self.parity.get("passed", True) is not True:
+            raise ValueError("its proof of parity did not pass")
 
     def check_files(self, directory: Path) -> None:
         """Compare every file with its SHA-256.
@@ -135,13 +141,3 @@ def graph_files(n_layers: int) -> list[str]:
     """Names of an engine's graphs."""
     blocks = [f"{kind}_{layer}" for kind in ("block", "knn_block") for layer in range(1, n_layers + 1)]
     return [f"{name}.onnx" for name in ("tokens", "embed", *blocks, "head", "fused", "fused_knn")]
-
-
-def _texts(found: object) -> bool:
-    return isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -42,6 +42,17 @@ def listed_names(text: str, option: str, noun: str) -> list[str]:
     return names
 
 
+def shown(name: object) -> str:
+    """A name as text that can be shown, whatever bytes the name of a file holds."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def delimiter_of(text: str) -> str:
+    """What separates the columns of a table: whichever of comma, tab and semicolon its first line has most of."""
+    head = text.partition("\n")[0]
+    return max(",\t;", key=head.count)
+
+
 def _json_names(text: str) -> list[str]:
     """A JSON list of names, or HEST-bench's {"genes": [...]}."""
     found = json.loads(text)

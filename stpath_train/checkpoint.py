@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from stpath_runtime.errors import CheckpointError, VocabularyError
+from stpath_runtime.files import written_whole
 from stpath_runtime.manifest import ATTENTIONS, ModelConfig
-from stpath_runtime.output import written_whole
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
+from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 
 from .model import STPath
+
+WRAPPERS = ("module.", "_orig_mod.")
 
 
 def load_checkpoint(path: str | Path) -> STPath:
@@ -145,6 +147,14 @@ def seeded_checkpoint(config: ModelConfig, seed: int) -> STPath:
     return model.requires_grad_(False).eval()
 
 
+def _without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by the names of the model itself: DistributedDataParallel and torch.compile put theirs before all."""
+    for prefix in WRAPPERS * 2:  # either may be around the other
+        if weights and all(key.startswith(prefix) for key in weights):
+            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
+    return weights
+
+
 def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and metadata of a checkpoint file."""
     if not path.is_file():
@@ -167,7 +177,10 @@ def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{path}: no state_dict of tensors ({why}); give stfm.pth or a .safetensors file"
         ) from error
     tensors = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
-    if not tensors or not all(isinstance(key, str) for key in weights):
+    named = tensors and all(isinstance(key, str) for key in weights)
+    if named:
+        weights = _without_wrappers(weights)
+    if not named:
         raise CheckpointError(
             f"{path}: not a plain state_dict; expected keys such as 'model.blks.0.attn.W_output.0.weight'"
         )

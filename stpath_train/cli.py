@@ -50,10 +50,21 @@ def prepare(
     from .prepare import prepare as run
     from .store import FAILURES
 
-    files = {"features": features, "metadata": metadata, "genes": genes, "exclude_rules": exclude}
-    how = {"label": label, "hvg": hvg, "counts": counts, "workers": workers}
     with progress_bar(f"prepare {source.name}") as on_slide:
-        found = run(source, layout, out, **files, **how, on_slide=on_slide)  # type: ignore[arg-type]
+        found = run(
+            source,
+            layout,
+            out,
+            features=features,
+            metadata=metadata,
+            genes=genes,
+            exclude_rules=exclude,
+            label=label,
+            hvg=hvg,
+            counts=counts,
+            workers=workers,
+            on_slide=on_slide,
+        )
     for rule, slides in found.excluded.items():
         typer.echo(f"excluded by {rule}: {slides:,}")
     for name, failure in found.failed.items():

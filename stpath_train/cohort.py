@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.sample import CELL_TYPES
-from stpath_runtime.vocabulary import FIRST_GENE_TOKEN, GeneVocabulary
+from stpath_runtime.slides.sample import CELL_TYPES
+from stpath_runtime.slides.vocabulary import FIRST_GENE_TOKEN, GeneVocabulary
 
 Floats = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stpath_runtime.errors import ConfigError
-from stpath_runtime.vocabulary import nearest_names
+from stpath_runtime.slides.vocabulary import nearest_names
 
 CHANGEABLE = ("run.epochs", "run.early_stopping", "run.logger", "data.workers")  # when a run goes on
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stpath_runtime.progress import progress_bar
-from stpath_runtime.sample import load_sample
-from stpath_runtime.slide import Slide
+from stpath_runtime.slides.sample import load_sample
+from stpath_runtime.slides.slide import Slide
 
 from .cohort import NOTE, World, simulate_slide, simulate_tissue
 from .store import Record, Store, highly_variable, measured

@@ -9,8 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from stpath_runtime.errors import DownloadError, OptionError
-from stpath_runtime.output import require_writable
-from stpath_runtime.vocabulary import nearest_names
+from stpath_runtime.files import require_writable
+from stpath_runtime.machine import network_setting_at_fault
+from stpath_runtime.slides.vocabulary import nearest_names
 
 HUB = "https://huggingface.co"
 
@@ -117,13 +118,10 @@ def hub_errors(repo: str, page: str) -> Iterator[None]:
         raise DownloadError(f"{repo}: no login; accept the terms on {page}, then run: hf auth login") from error
     except errors.HfHubHTTPError as error:
         raise DownloadError(f"{repo}: the Hub refused ({str(error).splitlines()[0]}); see {page}") from error
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.HTTPError,  # type: ignore[attr-defined]
-        ConnectionError,
-        TimeoutError,
-    ) as error:
-        raise DownloadError(
-            f"{repo}: the Hub cannot be reached and the files are not in the cache; check the connection, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE, and run again: it goes on"
-        ) from error
+    except Exception as error:  # of the connection, or of what it is set up with
+        unreachable = (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError)  # type: ignore[attr-defined]
+        setting = network_setting_at_fault(error)
+        if setting is None and not isinstance(error, unreachable):
+            raise
+        fix = setting or "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run again: it goes on"
+        raise DownloadError(f"{repo}: the Hub cannot be reached and the files are not in the cache; {fix}") from error

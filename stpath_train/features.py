@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,16 +22,15 @@ from stpath_runtime.errors import (
     DeviceError,
     EncoderError,
     FileError,
-    InputWarning,
     InstallError,
     MemoryLimitError,
     OutputError,
+    warn,
 )
-from stpath_runtime.manifest import sha256
-from stpath_runtime.output import require_writable
+from stpath_runtime.files import require_writable, sha256
 from stpath_runtime.progress import OnTile
 from stpath_runtime.readers import BARCODES
-from stpath_runtime.vocabulary import nearest_names
+from stpath_runtime.slides.vocabulary import nearest_names
 
 from .download import HUB, hub_errors
 
@@ -293,7 +291,7 @@ def _goes_on(half: Path, about: dict[str, str]) -> bool:
         found = dict(file.attrs) if DONE in file else {}
     different = _differences(found, about)
     if found and different:
-        warnings.warn(f"{half}: begun with other {different}; it starts over", InputWarning, stacklevel=3)
+        warn(f"{half}: begun with other {different}; it starts over")
     return bool(found) and not different
 
 

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stpath_runtime.context import Context
-from stpath_runtime.neighbors import nearest, plan_blocks
-from stpath_runtime.slide import Slide
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.encoding.neighbors import nearest, plan_blocks
+from stpath_runtime.slides.context import Context
+from stpath_runtime.slides.slide import Slide
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 
 from .model import ContextTokens, KeyBlocks
 
@@ -36,7 +36,7 @@ def slide_inputs(
         tokens = ContextTokens(torch.from_numpy(rows.spots), torch.from_numpy(rows.tokens), counts)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     inputs: dict[str, Any] = {
-        "features": torch.from_numpy(slide.features).to(dtype),
+        "features": torch.from_numpy(np.require(slide.features, requirements="W")).to(dtype),
         "coords": torch.from_numpy(slide.normalized_coords()).to(exact),
         "organ": torch.full((len(slide),), slide.organ_token),
         "technology": torch.full((len(slide),), slide.technology_token),

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange, reduce, repeat
 from torch import Tensor
 
-from stpath_runtime.vocabulary import MASK_TOKEN
+from stpath_runtime.slides.vocabulary import MASK_TOKEN
 
 from .model import ContextTokens, SpatialAttention, STPath
 
@@ -36,23 +37,22 @@ def literal_bias(attention: SpatialAttention, coords: Tensor) -> Tensor:
     edges = coords[:, None] - coords[None]  # [N, N, 2], c_i - c_j
     distance = edges.norm(dim=-1)  # [N, N]
     centred = edges - edges.mean(dim=1, keepdim=True)
-    covariance = centred.transpose(1, 2) @ centred  # [N, 2, 2]
+    covariance = einsum(centred, centred, "i j a, i j b -> i a b")  # [N, 2, 2]
     _, axes = torch.linalg.eigh(covariance)
     signs = torch.tensor(SIGNS, dtype=coords.dtype)  # [4, 2]
-    frames = axes[:, None] * signs[None, :, None, :]  # [N, 4, 2, 2]
-    framed = torch.einsum("ijc,ifcd->ijfd", centred, frames)  # [N, N, 4, 2]
-    inputs = torch.cat([framed, distance[:, :, None, None].expand(-1, -1, 4, 1)], dim=-1)  # [N, N, 4, 3]
+    frames = rearrange(axes, "i c d -> i 1 c d") * rearrange(signs, "f d -> 1 f 1 d")  # [N, 4, 2, 2]
+    framed = einsum(centred, frames, "i j c, i f c d -> i j f d")
+    inputs = torch.cat([framed, repeat(distance, "i j -> i j f 1", f=len(SIGNS))], dim=-1)  # [N, N, 4, 3]
     bias: Tensor = attention.edge_bias(inputs)  # [N, N, 4, H]
-    return bias.mean(dim=2).permute(2, 0, 1)
+    return reduce(bias, "i j f h -> h i j", "mean")
 
 
 def literal_attention(attention: SpatialAttention, x: Tensor, coords: Tensor) -> Tensor:
     """Attention within one slide, [N, d]."""
-    heads = attention.n_heads
-    q, k, v = (p.unflatten(-1, (heads, -1)).transpose(0, 1) for p in attention.layernorm_qkv(x).chunk(3, dim=-1))
-    scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + literal_bias(attention, coords)
-    attended = torch.softmax(scores, dim=-1) @ v
-    return attention.W_output(attended.transpose(0, 1).flatten(1))
+    q, k, v = rearrange(attention.layernorm_qkv(x), "n (part h d) -> part h n d", part=3, h=attention.n_heads)
+    scores = einsum(q, k, "h i d, h j d -> h i j") / q.shape[-1] ** 0.5 + literal_bias(attention, coords)
+    attended = einsum(torch.softmax(scores, dim=-1), v, "h i j, h j d -> h i d")
+    return attention.W_output(rearrange(attended, "h n d -> n (h d)"))
 
 
 def literal_forward(

@@ -14,11 +14,12 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stpath_runtime.manifest import ModelConfig
-from stpath_runtime.vocabulary import FIRST_GENE_TOKEN, MASK_TOKEN
+from stpath_runtime.slides.vocabulary import FIRST_GENE_TOKEN, MASK_TOKEN
 
 PUBLISHED_SIZES = ModelConfig(
     d_model=512, n_heads=4, n_layers=4, d_mlp=1024, n_features=1536, n_tokens=38_984, n_organs=25, n_technologies=5
@@ -36,12 +37,20 @@ class ContextTokens:
 
 
 class KeyBlocks(NamedTuple):
-    """Compact blocks of B queries, and the K spots that hold all neighbours of each (`stpath_runtime.neighbors`)."""
+    """Blocks of B queries, and the K spots that hold all their neighbours (`stpath_runtime.encoding.neighbors`)."""
 
     spot: Tensor  # [b * B] the spot of each row; any one in rows that pad a block
     row: Tensor  # [N] the row of each spot
     keys: Tensor  # [b, K] spots
     mask: Tensor  # [b, B, K] which pairs are neighbours
+
+
+class SpotKeys(NamedTuple):
+    """Which spots a spot attends to: those of its slide, or those given by edges or by blocks."""
+
+    sizes: Sequence[int] | None = None  # spots of each slide, one after another; None: there is one
+    edge_index: Tensor | None = None  # [2, E]
+    blocks: KeyBlocks | None = None
 
 
 def distance_bias(weight: Tensor, coords: Tensor, key_coords: Tensor) -> Tensor:
@@ -105,50 +114,44 @@ class SpatialAttention(nn.Module):
         """[H], what a unit of distance adds to the score."""
         return cast(nn.Linear, self.edge_bias[0]).weight[:, 2]
 
-    def forward(
-        self,
-        x: Tensor,
-        coords: Tensor,
-        sizes: Sequence[int] | None = None,
-        edge_index: Tensor | None = None,
-        blocks: KeyBlocks | None = None,
-    ) -> Tensor:
-        q, k, v = (p.reshape(len(x), self.n_heads, -1) for p in self.layernorm_qkv(x).chunk(3, dim=-1))  # [N, H, d/H]
-        if edge_index is not None:
-            attended = self._attend_along_edges(q, k, v, coords, edge_index)
-        elif blocks is not None:
-            attended = self._attend_in_blocks(q, k, v, coords, blocks)
+    def forward(self, x: Tensor, coords: Tensor, keys: SpotKeys) -> Tensor:
+        q, k, v = rearrange(self.layernorm_qkv(x), "n (part h d) -> part n h d", part=3, h=self.n_heads)
+        if keys.edge_index is not None:
+            attended = self._attend_along_edges(q, k, v, coords, keys.edge_index)
+        elif keys.blocks is not None:
+            attended = self._attend_in_blocks(q, k, v, coords, keys.blocks)
         else:
-            slides = (torch.split(part, list(sizes or [len(x)])) for part in (q, k, v, coords))
+            slides = (torch.split(part, list(keys.sizes or [len(x)])) for part in (q, k, v, coords))
             attended = torch.cat([self._attend_to_all(*slide) for slide in zip(*slides, strict=True)])
-        return self.W_output(attended.flatten(1))
+        return self.W_output(rearrange(attended, "n h d -> n (h d)"))
 
     def _attend_to_all(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor) -> Tensor:
         if self.fused:
             from .fused_attention import distance_attention
 
             return distance_attention(q, k, v, coords, self.distance_weight)
-        q, k, v = (part.transpose(0, 1) for part in (q, k, v))  # [H, N, d/H]
+        q, k, v = (rearrange(part, "n h d -> h n d") for part in (q, k, v))
         if len(coords) <= QUERIES_AT_ONCE:
-            return self._attend(q, k, v, coords, coords).transpose(0, 1)
+            return rearrange(self._attend(q, k, v, coords, coords), "h n d -> n h d")
         tiles = []
         for start in range(0, len(coords), QUERIES_AT_ONCE):
             rows = slice(start, start + QUERIES_AT_ONCE)
             # For gradients, the scores [H, T, N] are computed again and not kept.
             tiles.append(checkpoint(self._attend, q[:, rows], k, v, coords[rows], coords, use_reentrant=False))
-        return torch.cat(tiles, dim=1).transpose(0, 1)  # [N, H, d/H]
+        return rearrange(torch.cat(tiles, dim=1), "h n d -> n h d")
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, key_coords: Tensor) -> Tensor:
         bias = distance_bias(self.distance_weight, coords, key_coords)  # [H, T, N]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
 
     def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, blocks: KeyBlocks) -> Tensor:
-        spot = blocks.spot.reshape(len(blocks.keys), -1)  # [b, B]
+        spot = rearrange(blocks.spot, "(block row) -> block row", block=len(blocks.keys))
         bias = distance_bias(self.distance_weight, coords[spot], coords[blocks.keys])  # [b, H, B, K]
         bias = bias.masked_fill(~blocks.mask[:, None], -torch.inf)
-        q, k, v = (part.transpose(1, 2) for part in (q[spot], k[blocks.keys], v[blocks.keys]))  # [b, H, B or K, d/H]
+        # [b, H, B or K, d/H]
+        q, k, v = (rearrange(part, "b n h d -> b h n d") for part in (q[spot], k[blocks.keys], v[blocks.keys]))
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return attended.transpose(1, 2).flatten(0, 1)[blocks.row]  # [N, H, d/H]
+        return rearrange(attended, "b h n d -> (b n) h d")[blocks.row]
 
     def _attend_along_edges(self, q: Tensor, k: Tensor, v: Tensor, coords: Tensor, edge_index: Tensor) -> Tensor:
         from torch_geometric.utils import scatter, softmax
@@ -182,15 +185,8 @@ class Block(nn.Module):
         self.attn = SpatialAttention(config.d_model, config.n_heads)
         self.mlp = Mlp(config.d_model, config.d_mlp)
 
-    def forward(
-        self,
-        x: Tensor,
-        coords: Tensor,
-        sizes: Sequence[int] | None = None,
-        edge_index: Tensor | None = None,
-        blocks: KeyBlocks | None = None,
-    ) -> Tensor:
-        x = x + self.attn(x, coords, sizes, edge_index, blocks)
+    def forward(self, x: Tensor, coords: Tensor, keys: SpotKeys) -> Tensor:
+        x = x + self.attn(x, coords, keys)
         return x + self.mlp(x)
 
 
@@ -201,16 +197,9 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.blks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
 
-    def forward(
-        self,
-        x: Tensor,
-        coords: Tensor,
-        sizes: Sequence[int] | None = None,
-        edge_index: Tensor | None = None,
-        blocks: KeyBlocks | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, coords: Tensor, keys: SpotKeys) -> Tensor:
         for block in self.blks:
-            x = block(x, coords, sizes, edge_index, blocks)
+            x = block(x, coords, keys)
         return x
 
 
@@ -255,7 +244,7 @@ class STPath(nn.Module):
             Without them every spot attends to all of its slide.
         """
         x = self.input_encoder(features, organ, technology, context)
-        return self.model(x, coords, sizes, edge_index, blocks)
+        return self.model(x, coords, SpotKeys(sizes, edge_index, blocks))
 
     def fuse_attention(self, fused: bool = True) -> STPath:
         """Attend globally by one kernel that keeps no scores (`stpath_train.fused_attention`), from now on; the model.

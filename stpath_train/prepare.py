@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -14,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,21 +21,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 
-from stpath_runtime.context import is_whole
-from stpath_runtime.errors import (
-    DataError,
-    InputError,
-    InputWarning,
-    MemoryLimitError,
-    OptionError,
-    OutputError,
-    code_of,
-)
-from stpath_runtime.output import require_writable
+from stpath_runtime.errors import DataError, InputError, MemoryLimitError, OptionError, OutputError, code_of, warn
+from stpath_runtime.files import require_writable, sweep
 from stpath_runtime.progress import OnTile
 from stpath_runtime.readers import read_slide
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary, organ_token, technology_token
+from stpath_runtime.slides.context import is_whole
+from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary, organ_token, technology_token
 
 from .sources import (
     Layout,
@@ -51,13 +43,14 @@ from .sources import (
     record_fields,
     require_column,
 )
-from .store import FAILURES, GENES, UNITS, Failure, Record, Store, highly_variable, measured
+from .store import FAILURES, UNITS, Failure, Record, Store, highly_variable, measured
 
 if TYPE_CHECKING:
     import pandas as pd
     from anndata import AnnData
     from scipy.sparse import csr_matrix
 
+LOCK = ".stpath.lock"
 VERSION = 1  # of what a slide is made into: a change makes every slide anew
 
 
@@ -162,8 +155,7 @@ def prepare(
     tasks = bench_tasks(source) if options.layout is Layout.HEST_BENCH else {}
     require_writable(out)
     store = Store.create(out, GeneVocabulary.read(genes) if genes is not None else GeneVocabulary.published())
-    with _alone(store.path):
-        store = Store.open(out)  # as an earlier run left it
+    with _alone(store.path), closing(Store.open(out)) as store:  # as an earlier run left it
         if there := sorted({slide.slide for slide in found} - {slide.slide for slide in kept} & {*store.records}):
             raise OutputError(
                 f"{out}: holds {', '.join(there)} of an earlier run, which the rules exclude; choose a new store"
@@ -309,7 +301,7 @@ def _take_all(
     summary.records = [store.records[source.slide] for source in sources if source.slide not in to_do_slides]
     for done, (slide, outcome) in enumerate(_outcomes(to_do, store, options, workers), summary.skipped + 1):
         if isinstance(outcome, Record):
-            store.index(outcome)
+            store.index(outcome, at_once=False)
             summary.records.append(outcome)
         else:
             summary.failed[slide] = outcome
@@ -384,18 +376,17 @@ def _end_with_parent() -> None:
 @contextmanager
 def _alone(store: Path) -> Iterator[None]:
     """Keep other runs off the store, and clear away what a killed one left half-written."""
-    with (store / GENES).open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{store}: another stpath data prepare writes into it; wait for its end") from None
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
-        finally:
-            for half in store.rglob(".*.partial"):
-                half.unlink(missing_ok=True)
+    lock = FileLock(store / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise OutputError(f"{store}: another stpath data prepare writes into it; wait for its end") from None
+    try:
+        yield
+    finally:
+        for folder in (store, store / "slides"):
+            sweep(folder)
+        lock.release()
 
 
 def _write_failures(store: Store, failed: dict[str, Failure], tried: Set[str]) -> None:
@@ -405,7 +396,7 @@ def _write_failures(store: Store, failed: dict[str, Failure], tried: Set[str]) -
     path = store.path / FAILURES
     before: dict[str, Failure] = {}
     if path.exists():
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
         before = {row["slide"]: Failure(row.get("code", ""), row["reason"]) for row in table.to_dict("records")}
     store.write_failures({slide: why for slide, why in before.items() if slide not in tried} | failed)
 
@@ -416,7 +407,7 @@ def _warn_of_others(sources: Sequence[Source], options: Options) -> None:
     others = {organ: n for organ, n in organs.items() if _becomes_others(organ)}
     if others:
         shown = ", ".join(f"{organ or 'none given'} ({n:,})" for organ, n in sorted(others.items()))
-        warnings.warn(f"organs without a token of STPath become Others: {shown}", InputWarning, stacklevel=3)
+        warn(f"organs without a token of STPath become Others: {shown}")
 
 
 def _becomes_others(organ: str) -> bool:

@@ -17,9 +17,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stpath_runtime.context import as_csr
 from stpath_runtime.errors import DataError, InputError, OptionError
-from stpath_runtime.vocabulary import nearest_names
+from stpath_runtime.names import delimiter_of
+from stpath_runtime.slides.context import as_csr
+from stpath_runtime.slides.vocabulary import nearest_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -238,10 +239,13 @@ def _read_csv(path: Path) -> AnnData:
     from anndata import AnnData
     from scipy.sparse import vstack
 
-    header = next(csv.reader([_first_line(path)]), [])
-    # Without the header, as pandas would rename a gene that stands twice.
-    types = {0: "str"} | dict.fromkeys(range(1, len(header) + 1), "float32")
-    parts = pd.read_csv(path, header=None, skiprows=1, dtype=types, chunksize=ROWS_AT_ONCE)
+    separator = delimiter_of(_first_line(path))
+    header = next(csv.reader([_first_line(path)], delimiter=separator), [])
+    # Without the header, as pandas would rename a gene that stands twice; names as they are: a spot may be called NA.
+    types = dict.fromkeys(range(1, len(header) + 1), "float32")
+    parts = pd.read_csv(
+        path, sep=separator, header=None, skiprows=1, converters={0: str}, dtype=types, chunksize=ROWS_AT_ONCE
+    )
     spots: list[str] = []
     counts = []
     for part in parts:
@@ -260,7 +264,8 @@ def read_spots(path: Path, spots: Sequence[str]) -> DataFrame:
         If it cannot be read.
     """
     try:
-        table = _read_table(path, index_col=0)
+        table = _read_table(path, converters={0: str})  # a spot may be called NA
+        table = table.set_index(table.columns[0])
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a table of spots ({error}); download it again") from error
     table.index = table.index.astype(str)
@@ -268,10 +273,10 @@ def read_spots(path: Path, spots: Sequence[str]) -> DataFrame:
 
 
 def _read_table(path: Path, **options: Any) -> DataFrame:
-    """A table separated by commas or tabs: STImage-1K4M has been given out with either."""
+    """A table separated by commas, tabs or semicolons: STImage-1K4M has been given out with either of the first two."""
     import pandas as pd
 
-    return pd.read_csv(path, sep="\t" if "\t" in _first_line(path) else ",", **options)
+    return pd.read_csv(path, sep=delimiter_of(_first_line(path)), **options)
 
 
 def _first_line(path: Path) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, fields, replace
@@ -27,12 +28,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.context import Context, as_csr, known_genes
+from stpath_runtime.encoding.neighbors import cut
+from stpath_runtime.encoding.sizes import BLOCK
 from stpath_runtime.errors import FeaturesError, InputError, OutputError, StoreError, VocabularyError
-from stpath_runtime.neighbors import BLOCK, cut
-from stpath_runtime.output import written_whole
-from stpath_runtime.slide import Slide
-from stpath_runtime.vocabulary import GeneVocabulary, nearest_names, organ_token, technology_token
+from stpath_runtime.files import written_whole
+from stpath_runtime.records import record as read_record
+from stpath_runtime.slides.context import Context, as_csr, known_genes
+from stpath_runtime.slides.slide import Slide
+from stpath_runtime.slides.vocabulary import GeneVocabulary, nearest_names, organ_token, technology_token
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -49,7 +52,7 @@ class Record:
     """A slide of a store, as `slides.csv` has it."""
 
     slide: str  #: its id, and the name of its file
-    organ: str  #: as in stpath_runtime.vocabulary.ORGANS
+    organ: str  #: as in stpath_runtime.slides.vocabulary.ORGANS
     technology: str  #: as in TECHNOLOGIES; empty where unknown
     species: str = ""
     patient: str = ""  #: slides of one patient never stand on both sides of a split; empty: a patient of its own
@@ -67,6 +70,15 @@ class Record:
             raise StoreError(f"slide {self.slide}: counts are {' or '.join(UNITS)}, not {self.counts!r}")
         if not self.slide or self.slide != Path(self.slide).name or self.slide.startswith("."):
             raise StoreError(f"{self.slide!r} is no name of a slide; give one that can name a file")
+
+
+@dataclass(frozen=True)
+class About:
+    """What store.json says."""
+
+    schema: int
+    n_features: int  #: width of the features; 0 while the store has no slide
+    genes: str  #: SHA-256 of genes.tsv.gz
 
 
 @dataclass(frozen=True)
@@ -92,6 +104,8 @@ class Store:
         self.vocabulary = vocabulary
         self.n_features = n_features  # 0 while the store has no slide
         self.records = {record.slide: record for record in records}
+        self._genes = _hash(path / GENES)
+        self._changed, self._write_next = False, 0.0
 
     @classmethod
     def create(cls, path: str | Path, vocabulary: GeneVocabulary) -> Store:
@@ -130,20 +144,19 @@ class Store:
         if not (path / STORE).is_file():
             raise StoreError(f"{path}: no training store (it has no {STORE}); make one with stpath data prepare")
         try:
-            about = json.loads((path / STORE).read_text())
-            if about["schema"] > SCHEMA:
-                raise StoreError(f"{path}: a store of schema {about['schema']}, newer than {SCHEMA}; upgrade stpath")
-            table = pd.read_csv(path / SLIDES, dtype=str, keep_default_na=False)
+            about = read_record(About, json.loads((path / STORE).read_text()))
+            if about.schema > SCHEMA:
+                raise StoreError(f"{path}: a store of schema {about.schema}, newer than {SCHEMA}; upgrade stpath")
+            table = pd.read_csv(path / SLIDES, dtype=str, keep_default_na=False, encoding_errors="surrogateescape")
             numbers = {field.name: int for field in fields(Record) if field.type == "int"}
             records = [Record(**row) for row in table.astype(numbers).to_dict("records")]  # type: ignore[arg-type]
-            n_features, genes = int(about["n_features"]), str(about["genes"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise StoreError(f"{path}: a damaged training store ({error}); prepare it again") from error
-        if _hash(path / GENES) != genes:
+        if _hash(path / GENES) != about.genes:
             raise StoreError(f"{path}: {GENES} is not the vocabulary that the store was made with; prepare it again")
-        return cls(path, GeneVocabulary.read(path / GENES), n_features, records)
+        return cls(path, GeneVocabulary.read(path / GENES), about.n_features, records)
 
     def add(self, record: Record, adata: AnnData) -> None:
         """Write a slide, and then name it in the index; as `write` and `index` together."""
@@ -182,10 +195,24 @@ class Store:
         self.n_features = width
         return replace(record, spots=adata.n_obs, genes=adata.n_vars)
 
-    def index(self, record: Record) -> None:
-        """Name a slide, whose file is written, in the index."""
+    def index(self, record: Record, at_once: bool = True) -> None:
+        """Name a slide, whose file is written, in the index.
+
+        Parameters
+        ----------
+        at_once
+            Whether the index is written now; else at times, and by `close`: a run over thousands of slides would write
+            it as often.
+        """
         self.records[record.slide] = record
-        self._write_index()
+        self._changed = True
+        if at_once or time.monotonic() > self._write_next:
+            self._write_index()
+
+    def close(self) -> None:
+        """Write what `index` has not written yet."""
+        if self._changed:
+            self._write_index()
 
     def slide_path(self, slide: str) -> Path:
         """Where the h5ad file of a slide is."""
@@ -238,7 +265,10 @@ class Store:
             known = sorted(file.stem for file in (self.path / "tasks").glob("*.json"))
             held = f"it has {', '.join(known)}" if known else "it has none"
             raise StoreError(f"{self.path}: no task {name!r}{nearest_names(name, known)}; {held}")
-        return Task(**json.loads(path.read_text()))
+        try:
+            return read_record(Task, json.loads(path.read_text()))
+        except (OSError, ValueError, RecursionError) as error:
+            raise StoreError(f"{path}: a damaged task ({error}); prepare the data set again") from error
 
     def add_task(self, name: str, task: Task) -> None:
         """Write a benchmark task."""
@@ -254,7 +284,8 @@ class Store:
         if failed:
             rows = [(slide, *failure) for slide, failure in failed.items()]
             with written_whole(path) as partial:
-                pd.DataFrame(rows, columns=["slide", "code", "reason"]).to_csv(partial, index=False)
+                table = pd.DataFrame(rows, columns=["slide", "code", "reason"])
+                table.to_csv(partial, index=False, errors="surrogateescape")
 
     def require_slides(self, slides: Sequence[str]) -> None:
         """Raise InputError where a slide is not of this store."""
@@ -274,13 +305,16 @@ class Store:
     def _write_index(self) -> None:
         import pandas as pd
 
-        about = {"schema": SCHEMA, "n_features": self.n_features, "genes": _hash(self.path / GENES)}
+        start = time.monotonic()
+        about = About(SCHEMA, self.n_features, self._genes)
         columns = [field.name for field in fields(Record)]
         rows = [astuple(record) for record in sorted(self.records.values(), key=lambda record: record.slide)]
         with written_whole(self.path / SLIDES) as partial:
-            pd.DataFrame(rows, columns=columns).to_csv(partial, index=False)
+            pd.DataFrame(rows, columns=columns).to_csv(partial, index=False, errors="surrogateescape")
         with written_whole(self.path / STORE) as partial:
-            partial.write_text(json.dumps(about, indent=1))
+            partial.write_text(json.dumps(asdict(about), indent=1))
+        now = time.monotonic()
+        self._changed, self._write_next = False, now + 20 * (now - start)  # a twentieth of the time, at the most
 
 
 class StoredSlide:
@@ -302,7 +336,7 @@ class StoredSlide:
             raise StoreError(f"{path}: a damaged slide of the store ({error}); prepare it again") from error
         self.record = record
         # As the model takes them, over the whole slide: [N, 2]
-        self.coords = Slide(coords, np.zeros((len(coords), 1), np.float32)).normalized_coords().astype(np.float32)
+        self.coords = Slide(coords, np.ones((len(coords), 1), np.float32)).normalized_coords().astype(np.float32)
         self.pixels = coords  # [N, 2]
 
     def __len__(self) -> int:

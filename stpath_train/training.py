@@ -34,9 +34,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stpath_runtime.errors import ConfigError, DeviceError, InputError, InstallError, MemoryLimitError, OutputError
+from stpath_runtime.files import written_whole
 from stpath_runtime.manifest import ModelConfig
-from stpath_runtime.output import written_whole
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES
+from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES
 
 from .checkpoint import genes_hash, load_checkpoint, require_genes, save_checkpoint
 from .config import TrainConfig, as_yaml, differences, read_config
@@ -402,12 +402,16 @@ def _logger(config: TrainConfig) -> Any:
     run = config.run
     if run.logger == "none":
         return False
+    from importlib.util import find_spec
+
     if run.logger == "tensorboard":
         from lightning.pytorch.loggers import TensorBoardLogger
 
+        if find_spec("tensorboard") is None:
+            raise InstallError(
+                "run.logger: tensorboard is not installed; run: pip install 'stpath-engine[tensorboard]'"
+            )
         return TensorBoardLogger(run.out, name="tensorboard", version="")
-    from importlib.util import find_spec
-
     if find_spec("wandb") is None:
         raise InstallError("run.logger: wandb is not installed; run: pip install wandb")
     from lightning.pytorch.loggers import WandbLogger

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from stpath_runtime.errors import ConfigError
-from stpath_runtime.vocabulary import PAD_TOKEN, organ_token, technology_token
+from stpath_runtime.slides.vocabulary import PAD_TOKEN, organ_token, technology_token
 
 from .config import Data, Masking
 from .inputs import knn_blocks

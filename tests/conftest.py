@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -25,6 +26,12 @@ if "+cpu" in torch.__version__ and find_spec("torchvision") and "+cpu" not in ve
     TORCHVISION = torch.library.Library("torchvision", "DEF")
     TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+# A shell lets what it starts in the background ignore Ctrl-C, as nohup does SIGHUP, and so do all its children.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", params=GOLDEN_CASES)

@@ -16,10 +16,10 @@ import pytest
 from anndata import AnnData
 
 from stpath_runtime.backends.openvino import process_core
-from stpath_runtime.context import Context
 from stpath_runtime.manifest import Manifest, ModelConfig
-from stpath_runtime.slide import Slide
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
+from stpath_runtime.slides.context import Context
+from stpath_runtime.slides.slide import Slide
+from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.model import STPath
 from stpath_train.store import Record, Store, highly_variable, measured

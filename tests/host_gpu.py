@@ -1,4 +1,8 @@
-"""A GPU made of the host, for tests of what runs on one: its memory is the host's, and its work waits in a queue."""
+"""A GPU made of the host, for tests of what runs on one: its memory is the host's, and its work waits in a queue.
+
+What the real one would refuse, or would answer with wrong numbers, fails: memory that was freed or is too short, a
+stream or an event that was destroyed, a buffer that is written again before it was read (the copy waits in the queue).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,12 @@ class HostGpu:
     def __init__(self, capability=(8, 9), size=1 << 30):
         self.capability, self.size = capability, size
         self.memory, self.pinned, self.queue, self.asked = {}, {}, [], []
-        self.events = count(1)
+        self.names, self.events, self.streams = count(7), set(), set()
+
+    @property
+    def held(self):
+        """What was made and not given back."""
+        return [*self.memory, *self.pinned, *self.events, *self.streams]
 
     def cudaGetDeviceCount(self):
         return OK, 1
@@ -35,7 +44,13 @@ class HostGpu:
         return OK, SimpleNamespace(major=major, minor=minor, name=b"NVIDIA Made Up")
 
     def cudaStreamCreate(self):
-        return OK, 7
+        stream = next(self.names)
+        self.streams.add(stream)
+        return OK, stream
+
+    def cudaStreamDestroy(self, stream):
+        self.streams.remove(stream)
+        return (OK,)
 
     def cudaMemGetInfo(self):
         return OK, self.size - sum(len(held) - ALIGNED for held in self.memory.values()), self.size
@@ -48,7 +63,8 @@ class HostGpu:
         return OK, self._hold(self.memory, size)
 
     def cudaFree(self, address):
-        self.cudaStreamSynchronize(7)
+        while self.queue:  # it waits for all that was queued
+            self._go_on()
         del self.memory[address]
         return (OK,)
 
@@ -56,16 +72,21 @@ class HostGpu:
         return OK, self._hold(self.pinned, size)
 
     def cudaFreeHost(self, address):
+        assert not self.queue, "pinned memory is freed while the GPU may read it"
         del self.pinned[address]
         return (OK,)
 
     def cudaMemsetAsync(self, address, value, size, stream):
+        assert stream in self.streams
         self.require_held(address, size)
         self.queue.append(lambda: ctypes.memset(address, value, size))
         return (OK,)
 
     def cudaMemcpyAsync(self, to, source, size, kind, stream):
-        if kind != self.cudaMemcpyKind.cudaMemcpyHostToDevice:
+        assert stream in self.streams
+        if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice:  # of memory that is not pinned it would wait
+            self.require_held(source, size, self.pinned)
+        else:
             self.require_held(source, size)
         if kind != self.cudaMemcpyKind.cudaMemcpyDeviceToHost:
             self.require_held(to, size)
@@ -73,25 +94,36 @@ class HostGpu:
         return (OK,)
 
     def cudaEventCreateWithFlags(self, flags):
-        return OK, next(self.events)
+        event = next(self.names)
+        self.events.add(event)
+        return OK, event
+
+    def cudaEventDestroy(self, event):
+        self.events.remove(event)
+        return (OK,)
 
     def cudaEventRecord(self, event, stream):
+        assert event in self.events
+        assert stream in self.streams
         self.queue = [waiting for waiting in self.queue if waiting != event] + [event]
         return (OK,)
 
     def cudaEventSynchronize(self, event):
+        assert event in self.events
         while event in self.queue:
             self._go_on()
         return (OK,)
 
     def cudaStreamSynchronize(self, stream):
+        assert stream in self.streams
         while self.queue:
             self._go_on()
         return (OK,)
 
-    def require_held(self, address, size):
+    def require_held(self, address, size, pieces=None):
         """Fail unless the bytes are part of one piece of the GPU's memory."""
-        pieces = ((start, len(held) - ALIGNED) for start, held in self.memory.items())
+        held = self.memory if pieces is None else pieces
+        pieces = ((start, len(piece) - ALIGNED) for start, piece in held.items())
         assert any(start <= address and address + size <= start + length for start, length in pieces)
 
     def array(self, address, shape, dtype):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stpath_runtime import cli, errors
+from stpath_runtime import errors
+from stpath_runtime.cli import app as cli
 from stpath_runtime.errors import FAULT, INTERRUPTED, InputError, ParityError
 
 ROOT = Path(__file__).parent.parent

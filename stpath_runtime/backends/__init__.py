@@ -2,62 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from ..encoding.backend import Backend
 from ..errors import BackendError
-from .workspace import Array, Arrays, Workspace
+from ..manifest import PRECISIONS
 
-__all__ = [
-    "BACKENDS",
-    "ENOUGH_ROWS",
-    "PRECISIONS",
-    "Array",
-    "Arrays",
-    "Backend",
-    "Workspace",
-    "installed",
-    "open_backend",
-]
-
-PRECISIONS = ("fp32", "fp16", "bf16")
-# A tile reads all its keys once for its queries: 1,024 queries make hundreds of operations of each number read, more
-# than a CPU needs to be kept busy. Larger tiles cost memory and win nothing there.
-ENOUGH_ROWS = 1024
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
-
-
-class Backend(Protocol):
-    """Runs the graphs of one engine on one device."""
-
-    name: str  #: as in BACKENDS
-    device: str  #: "cpu" or "cuda:N"
-    enough_rows: int  #: in a tile: more do not make the device busier
-
-    def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
-        """Run a graph, by its name without `.onnx`, on the inputs by their names."""
-        ...
-
-    def workspace(self) -> AbstractContextManager[Workspace]:
-        """Where a slide runs through the stages."""
-        ...
-
-    def available_memory(self) -> int:
-        """Bytes that the device has to give."""
-        ...
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed package, as the package index names it; None where it is not."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", precision: str | None = None) -> Backend:

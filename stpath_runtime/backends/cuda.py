@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import weakref
 from dataclasses import dataclass
 from math import prod
 from threading import RLock
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import DeviceError, InstallError, MemoryLimitError
+from ..errors import DeviceError, InstallError, MemoryLimitError
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,16 @@ class DeviceArray:
         return self.address < other.address + other.nbytes and other.address < self.address + self.nbytes
 
 
-@dataclass
+PIECE = 16 << 20  # bytes of a pinned buffer: enough to keep the bus busy
+BUFFERS = 4  # of the ring: some are filled while others are read
+PINNED_BYTES = BUFFERS * PIECE  # of host memory, whatever is uploaded
+
+
+@dataclass(frozen=True)
 class _Pinned:
     """Host memory that the GPU reads by itself, and the event after which it has read it."""
 
     address: int
-    size: int
     read: Any
 
 
@@ -82,23 +87,30 @@ class Gpu:
         failure, count = runtime.cudaGetDeviceCount()
         if failure or self.index >= count:
             why = f"there are {count}, from cuda:0" if not failure else f"CUDA finds no GPU: {_name(failure)}"
-            raise DeviceError(f"device {self.device}: not there ({why}); check nvidia-smi")
+            raise DeviceError(f"device {self.device}: not there ({why}); check the driver with stpath doctor")
         self.use()
         facts = self._call("cudaGetDeviceProperties", self.index)
         self.target = f"sm_{facts.major}{facts.minor}"  # its generation, as compilers name it
         self.name = facts.name.decode() if isinstance(facts.name, bytes) else str(facts.name)
         self.stream = int(self._call("cudaStreamCreate"))
         self._memory: dict[str, tuple[int, int]] = {}  # name -> address, bytes
-        self._pinned: dict[str, list[_Pinned]] = {}  # name -> the one to use next, and the one used last
+        self._ring: list[_Pinned] = []  # the one to use next is the first, once all are there
+        # Also frees what nobody closes; not at the end of the process, which frees everything by itself.
+        self.close = weakref.finalize(self, _free, runtime, self.index, self.stream, self._memory, self._ring)
+        self.close.atexit = False
 
     def use(self) -> None:
         """Make it the GPU of the calling thread."""
         self._call("cudaSetDevice", self.index)
 
+    def unused_memory(self) -> int:
+        """Bytes that nobody holds."""
+        return int(self._call("cudaMemGetInfo")[0])
+
     def free_memory(self) -> int:
         """Bytes that are free on it, or are held here and will be used again."""
         self.use()
-        return int(self._call("cudaMemGetInfo")[0]) + sum(size for _, size in self._memory.values())
+        return self.unused_memory() + sum(size for _, size in self._memory.values())
 
     def reserve(self, name: str, size: int) -> int:
         """Address of at least `size` bytes under a name, reused by later calls and grown when they ask for more.
@@ -125,52 +137,49 @@ class Gpu:
     def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """The memory of that name as an array of zeros."""
         array = self.empty(name, shape, dtype)
-        self._call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
+        if array.nbytes:
+            self._call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
         return array
 
     def upload(self, name: str, array: npt.NDArray[Any]) -> DeviceArray:
         """Copy an array to the memory of that name, by way of pinned memory: it may be changed at once."""
-        found = self.empty(name, array.shape, array.dtype)
-        pinned = self._next_pinned(name, max(1, array.nbytes))
-        staged = memoryview((ctypes.c_char * array.nbytes).from_address(pinned.address)).cast("B")
-        np.frombuffer(staged, array.dtype).reshape(array.shape)[...] = array
+        uploaded = self.empty(name, array.shape, array.dtype)
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._call("cudaMemcpyAsync", found.address, pinned.address, array.nbytes, kind, self.stream)
-        self._call("cudaEventRecord", pinned.read, self.stream)
-        return found
+        for start in range(0, len(raw), PIECE):
+            piece, pinned = raw[start : start + PIECE], self._next_pinned()
+            ctypes.memmove(pinned.address, piece.ctypes.data, len(piece))
+            self._call("cudaMemcpyAsync", uploaded.address + start, pinned.address, len(piece), kind, self.stream)
+            self._call("cudaEventRecord", pinned.read, self.stream)
+        return uploaded
 
     def copy(self, source: DeviceArray, to: DeviceArray) -> None:
         """Copy an array within the GPU."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
-        self._call("cudaMemcpyAsync", to.address, source.address, source.nbytes, kind, self.stream)
+        if source.nbytes:
+            self._call("cudaMemcpyAsync", to.address, source.address, source.nbytes, kind, self.stream)
 
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
         """The array in host memory, which is filled at the next `synchronize`."""
-        found = np.empty(array.shape, array.dtype)
+        downloaded = np.empty(array.shape, array.dtype)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._call("cudaMemcpyAsync", found.ctypes.data, array.address, array.nbytes, kind, self.stream)
-        return found
+        if array.nbytes:
+            self._call("cudaMemcpyAsync", downloaded.ctypes.data, array.address, array.nbytes, kind, self.stream)
+        return downloaded
 
     def synchronize(self) -> None:
         """Wait until all that was asked for is done."""
         self._call("cudaStreamSynchronize", self.stream)
 
-    def _next_pinned(self, name: str, size: int) -> _Pinned:
-        """Pinned memory that the GPU has read: two a name take turns, so that one is filled while the other is read."""
-        if name not in self._pinned:
-            self._pinned[name] = [_Pinned(0, 0, self._event()) for _ in range(2)]
-        self._pinned[name].reverse()
-        pinned = self._pinned[name][0]
-        self._call("cudaEventSynchronize", pinned.read)
-        if size > pinned.size:
-            if pinned.address:
-                self._call("cudaFreeHost", pinned.address)
-                pinned.address = pinned.size = 0
-            pinned.address, pinned.size = int(self._call("cudaHostAlloc", size, 0)), size
-        return pinned
-
-    def _event(self) -> Any:
-        return self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+    def _next_pinned(self) -> _Pinned:
+        """A buffer of the ring that the GPU has read."""
+        if len(self._ring) < BUFFERS:
+            read = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
+            self._ring.append(_Pinned(int(self._call("cudaHostAlloc", PIECE, 0)), read))
+            return self._ring[-1]
+        self._ring.append(self._ring.pop(0))
+        self._call("cudaEventSynchronize", self._ring[-1].read)
+        return self._ring[-1]
 
     def _call(self, function: str, *arguments: Any) -> Any:
         error, *found = getattr(self._cuda, function)(*arguments)
@@ -184,6 +193,20 @@ class Gpu:
         if error:
             raise RuntimeError(f"{self.device}: {function} failed with {_name(error)}")
         return found[0] if len(found) == 1 else tuple(found)
+
+
+def _free(cuda: Any, index: int, stream: int, memory: dict[str, tuple[int, int]], ring: list[_Pinned]) -> None:
+    """Free all that a GPU object holds, when what was queued is done; CUDA's errors have nobody to read them."""
+    cuda.cudaSetDevice(index)
+    cuda.cudaStreamSynchronize(stream)
+    for address, _ in memory.values():
+        cuda.cudaFree(address)
+    for pinned in ring:
+        cuda.cudaEventDestroy(pinned.read)
+        cuda.cudaFreeHost(pinned.address)
+    cuda.cudaStreamDestroy(stream)
+    memory.clear()
+    ring.clear()
 
 
 def _name(error: Any) -> str:

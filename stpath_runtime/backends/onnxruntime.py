@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, InstallError
-from ..memory import available_on_host
-from . import ENOUGH_ROWS, Arrays, Workspace, installed
-from .workspace import HostWorkspace
+from ..encoding.backend import Arrays, Workspace
+from ..encoding.sizes import MOST_ROWS
+from ..errors import BackendError, InstallError, MemoryLimitError, first_line
+from ..machine import available_on_host, installed
+from .workspace import HostWorkspace, require_open
 
+OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "CUDA failure 2:", "out of memory")
 PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # that write one folder
 
 
@@ -30,18 +32,25 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     device = "cpu"
-    enough_rows = ENOUGH_ROWS
+    most_rows = MOST_ROWS
+    keeps_tiles = False  # all graphs share one arena
     provider = "CPUExecutionProvider"
 
     def __init__(self, engine: Path) -> None:
         self._ort = _import_onnxruntime()
         self._engine = engine
         self._sessions: dict[str, Any] = {}
+        self._closed = False
         _share_host_memory(self._ort)
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
-        outputs: list[npt.NDArray[np.generic]] = self._session(graph).run(None, dict(inputs))
+        session = self._session(graph)
+        try:
+            outputs: list[npt.NDArray[np.generic]] = session.run(None, dict(inputs))
+        except Exception as error:  # ONNX Runtime's own exceptions share no base of their own
+            self._require_memory(error, graph)
+            raise
         return outputs
 
     def workspace(self) -> AbstractContextManager[Workspace]:
@@ -51,6 +60,18 @@ class OnnxRuntimeBackend:
     def available_memory(self) -> int:
         """Bytes that the device has to give."""
         return available_on_host()
+
+    def close(self) -> None:
+        """Free the sessions and their weights."""
+        self._closed = True
+        self._sessions.clear()
+
+    def _require_memory(self, error: Exception, graph: str) -> None:
+        """Say so where an error of a run is that memory ran out."""
+        if is_out_of_memory(error):
+            raise MemoryLimitError(
+                f"{self.device}: not enough memory for a tile of {graph}; give less with --memory"
+            ) from error
 
     def _options(self) -> tuple[Any, dict[str, str]]:
         """Of a session, and of its provider."""
@@ -62,6 +83,7 @@ class OnnxRuntimeBackend:
         return options, {}
 
     def _session(self, graph: str) -> Any:
+        require_open(self._closed, self._engine)
         if graph not in self._sessions:
             self._sessions[graph] = self._load(graph)
         return self._sessions[graph]
@@ -70,10 +92,20 @@ class OnnxRuntimeBackend:
         options, provider_options = self._options()
         path = self._engine / f"{graph}.onnx"
         try:
-            session = self._ort.InferenceSession(path, options, providers=[(self.provider, provider_options)])
+            # Without its fallback: where the provider fails, Python's part of ONNX Runtime would take the CPU instead.
+            session = self._ort.InferenceSession(
+                path, options, providers=[(self.provider, provider_options)], enable_fallback=0
+            )
+            session.disable_fallback()  # in a run, too
         except Exception as error:  # ONNX Runtime's own exceptions share no base of their own
-            raise BackendError(f"{path}: ONNX Runtime cannot run it on {self.device}: {first_line(error)}") from error
+            raise self._failed_start(path, error) from error
         return session
+
+    def _failed_start(self, path: Path, error: Exception) -> Exception:
+        """What to raise where a session does not start."""
+        if is_out_of_memory(error):
+            return MemoryLimitError(f"{self.device}: not enough memory for the weights of {path}")
+        return BackendError(f"{path}: ONNX Runtime cannot run it on {self.device}: {first_line(error)}")
 
 
 def _import_onnxruntime() -> Any:
@@ -106,6 +138,14 @@ def _share_host_memory(ort: ModuleType) -> None:
     ort.create_and_register_allocator(host, ort.OrtArenaCfg(0, as_requested, -1, -1))
 
 
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether ONNX Runtime ran out of memory: an allocation of C++, of its arena, or of CUDA.
+
+    It raises a type of its own for the first alone; the others are failures whose text its sources fix.
+    Source: https://github.com/microsoft/onnxruntime, core/framework/bfc_arena.cc and
+    core/providers/cuda/cuda_call.cc.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    ours = type(error).__module__.startswith("onnxruntime")
+    return ours and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -10,6 +10,7 @@ https://onnxruntime.ai/docs/performance/tune-performance/iobinding.html.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, redirect_stdout
 from functools import cache
@@ -21,13 +22,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cuda import DeviceArray, Gpu
-from ..errors import DeviceError, InstallError, MemoryLimitError
-from . import ENOUGH_ROWS, Arrays
-from .onnxruntime import OnnxRuntimeBackend
+from ..encoding.backend import Arrays
+from ..encoding.sizes import MOST_ROWS
+from ..errors import DeviceError, InstallError, first_line
+from .cuda import DeviceArray, Gpu
+from .onnxruntime import OnnxRuntimeBackend, is_out_of_memory
 from .workspace import GpuWorkspace, gpu_workspace
 
 BFLOAT16 = 16  # in onnx.TensorProto.DataType
+_ARENA: Counter[int] = Counter()  # bytes that the arena of each GPU has taken; it gives none back
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
@@ -41,7 +44,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     """
 
     # A kernel of a small tile ends sooner than the next can be queued.
-    enough_rows = 8 * ENOUGH_ROWS
+    most_rows = 8 * MOST_ROWS
     provider = "CUDAExecutionProvider"
 
     def __init__(self, engine: Path, device: str) -> None:
@@ -55,6 +58,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
             )
         self._gpu = Gpu(device)
         self.device = self._gpu.device
+        self._missing = _preload_libraries(self._ort)  # before anything of the provider is loaded
         _share_gpu_memory(self._ort, self._gpu.index)
         self._queued = self._ort.RunOptions()
         self._queued.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -69,11 +73,17 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         return gpu_workspace(self._gpu, self._launch)
 
     def available_memory(self) -> int:
-        """Bytes that the GPU has to give."""
-        return self._gpu.free_memory()
+        """Bytes that the GPU has to give: what is free, and what ONNX Runtime's arena holds to use again."""
+        return self._gpu.free_memory() + _ARENA[self._gpu.index]
+
+    def close(self) -> None:
+        """Free the sessions, and what they and the engine hold on the GPU."""
+        with self._gpu.alone:
+            super().close()
+            self._gpu.close()
 
     def _launch(self, graph: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
-        session = self._session(graph)
+        session, free = self._session(graph), self._gpu.unused_memory()
         binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cuda", self._gpu.index, _type(array), array.shape, array.address)
@@ -82,15 +92,15 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         try:
             session.run_with_iobinding(binding, self._queued)
         except Exception as error:  # ONNX Runtime's own exceptions share no base of their own
-            if "allocate" not in str(error):
-                raise
-            raise MemoryLimitError(
-                f"{self.device}: not enough GPU memory for a tile of {graph}; give less with --memory"
-            ) from error
+            self._require_memory(error, graph)
+            raise
+        _ARENA[self._gpu.index] += max(0, free - self._gpu.unused_memory())
 
     def _options(self) -> tuple[Any, dict[str, str]]:
         options, _ = super()._options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        # Weights stay for as long as the session; the arena is what tiles use again.
+        options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         return options, {
             "device_id": str(self._gpu.index),
             "user_compute_stream": str(self._gpu.stream),
@@ -98,17 +108,21 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         }
 
     def _load(self, graph: str) -> Any:
-        told = _preload_libraries(self._ort)
         session = super()._load(graph)
         running = session.get_providers()[0]
-        if running != self.provider:
-            # ONNX Runtime falls back to the CPU with a mere log line when CUDA fails to start.
-            raise DeviceError(
-                f"device {self.device}: {self.provider} did not start, ONNX Runtime chose {running}"
-                f"{f' ({told})' if told else ''}; check the GPU's driver, run pip install 'stpath-engine[gpu]' for "
-                "CUDA's libraries, or give device cpu"
-            )
+        if running != self.provider:  # ONNX Runtime leaves a provider out with a mere log line
+            raise self._not_started(f"ONNX Runtime chose {running}")
         return session
+
+    def _failed_start(self, path: Path, error: Exception) -> Exception:
+        return super()._failed_start(path, error) if is_out_of_memory(error) else self._not_started(first_line(error))
+
+    def _not_started(self, why: str) -> DeviceError:
+        missing = f"; {self._missing}" if self._missing else ""
+        return DeviceError(
+            f"device {self.device}: {self.provider} did not start ({why}{missing}); check the GPU's driver, run pip "
+            "install 'stpath-engine[gpu]' for CUDA's libraries, or give device cpu"
+        )
 
 
 def _type(array: DeviceArray) -> np.dtype[Any] | int:

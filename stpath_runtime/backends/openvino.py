@@ -23,16 +23,19 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, DeviceError, InstallError
-from ..manifest import MANIFEST
-from ..memory import available_on_host
-from . import ENOUGH_ROWS, Arrays
-from .workspace import HostWorkspace
+from ..encoding.backend import Arrays
+from ..encoding.sizes import MOST_ROWS
+from ..errors import BackendError, DeviceError, InstallError, OutputError
+from ..files import link_or_copy, written_whole
+from ..machine import available_on_host
+from ..manifest import MANIFEST, WEIGHTS
+from .workspace import HostWorkspace, require_open
 
 if TYPE_CHECKING:
     import openvino
@@ -69,7 +72,8 @@ class OpenVinoBackend:
 
     name = "openvino"
     device = "cpu"
-    enough_rows = ENOUGH_ROWS
+    most_rows = MOST_ROWS
+    keeps_tiles = True  # release_memory() frees nothing of what dynamic shapes took
 
     def __init__(self, engine: Path, device: str, precision: str) -> None:
         if device != "cpu":
@@ -86,6 +90,8 @@ class OpenVinoBackend:
         self._graphs: dict[str, openvino.CompiledModel] = {}
         self._latest = ""  # the graph that was run last
         self._loading = threading.Lock()
+        self._closed = False
+        self._unlinked: TemporaryDirectory[str] | None = None
 
     def capabilities(self) -> list[str]:
         """What OpenVINO says that this CPU computes in, such as FP32 and BF16."""
@@ -95,6 +101,7 @@ class OpenVinoBackend:
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
         with self._loading:
+            require_open(self._closed, self._engine)
             if graph not in self._graphs:
                 self._graphs[graph] = self._load(graph)
             if self._latest not in ("", graph):  # each graph would keep the scores of its largest tile
@@ -114,8 +121,16 @@ class OpenVinoBackend:
         """Bytes that the device has to give."""
         return available_on_host()
 
+    def close(self) -> None:
+        """Free the compiled graphs."""
+        with self._loading:
+            self._closed = True
+            self._graphs.clear()
+            if self._unlinked is not None:
+                self._unlinked.cleanup()
+
     def _tensor(self, graph: str, name: str, array: npt.NDArray[Any]) -> openvino.Tensor:
-        array = np.ascontiguousarray(array)
+        array = np.require(array, requirements=("C", "W"))  # memory that is shared must be one that can be written
         if array.dtype == np.uint16:  # the bits of bfloat16
             return self._ov.Tensor(array, self._ov.Shape(array.shape), self._ov.Type.bf16)
         if name in POSITIONS and self._reduced(graph):
@@ -134,7 +149,7 @@ class OpenVinoBackend:
         if compiled is None:
             path = self._engine / f"{graph}.onnx"
             try:
-                model = self._core.read_model(path)
+                model = self._core.read_model(self._readable(path))
                 if self._reduced(graph):
                     model = self._reduce(model)
                 compiled = self._core.compile_model(model, "CPU", options)
@@ -147,6 +162,18 @@ class OpenVinoBackend:
                 f"precision {self._precision}: OpenVINO chose {running} for {graph}; give --precision fp32"
             )
         return compiled
+
+    def _readable(self, path: Path) -> Path:
+        """A graph where OpenVINO reads it: it refuses weights that a link takes out of the folder, as the Hub's do."""
+        weights = path.with_name(WEIGHTS)
+        if not path.is_symlink() and not weights.is_symlink():
+            return path
+        if self._unlinked is None:
+            self._unlinked = TemporaryDirectory(prefix="stpath-")
+            link_or_copy(weights, Path(self._unlinked.name) / WEIGHTS)
+        plain = Path(self._unlinked.name) / path.name
+        link_or_copy(path, plain)
+        return plain
 
     def _reduce(self, model: openvino.Model) -> openvino.Model:
         """Positions as whole numbers, and k and v in bfloat16, in a graph that is to run in bfloat16."""
@@ -190,15 +217,9 @@ def _keep(kept: Path | None, compiled: openvino.CompiledModel) -> None:
     """Keep a compiled graph, whole or not at all; an engine that cannot be written, or a full disk, does without."""
     if kept is None:
         return
-    partial = kept.with_name(f".{kept.name}.{os.getpid()}.partial")
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError, OutputError), written_whole(kept) as partial:
         content = compiled.export_model().getvalue()
-        try:
-            partial.write_bytes(hashlib.sha256(content).digest() + content)
-            partial.replace(kept)
-        finally:
-            partial.unlink(missing_ok=True)
+        partial.write_bytes(hashlib.sha256(content).digest() + content)
 
 
 def _subtract_whole_numbers(model: openvino.Model, positions: list[Any], ov: Any) -> None:

@@ -1,4 +1,4 @@
-"""Builds the TensorRT plans of an engine from its ONNX stages; see `stpath_runtime.plans` for what is written.
+"""Builds the TensorRT plans of an engine from its ONNX stages; see `stpath_runtime.backends.plans` for what is written.
 
 The networks are strongly typed: every type is the one in the ONNX graph, so a plan has the precision of its engine.
 Source: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/.
@@ -18,15 +18,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..errors import InputError, OptionError, PlanError
+from ..files import require_writable, written_whole
+from ..manifest import WEIGHTS, Manifest
+from ..progress import OnTile
 from .cuda import Gpu
-from .errors import InputError, OptionError, PlanError
-from .manifest import WEIGHTS, Manifest
-from .output import require_writable, written_whole
 from .plans import (
     FOLDER,
     LIBRARIES,
     SCHEMA,
     TIMING_CACHE,
+    Plan,
     Plans,
     Range,
     check_plans,
@@ -37,7 +39,6 @@ from .plans import (
     quiet_logger,
     stage_graphs,
 )
-from .progress import OnTile
 
 STEPS = 100  # of progress, for a graph
 # What is said of the time where no plans of the engine tell it.
@@ -147,12 +148,12 @@ class Build:
             plan = build_plan(self.trt, self.engine / f"{graph}.onnx", ranges, self.target, cache, tell)
             (folder / f"{graph}.plan").write_bytes(plan)
             tell(1)
-            built[graph] = {
-                "sha256": new_sha256(plan).hexdigest(),
-                "onnx": self.manifest.files[f"{graph}.onnx"],
-                "seconds": round(time.perf_counter() - start, 3),
-                "ranges": ranges,
-            }
+            built[graph] = Plan(
+                sha256=new_sha256(plan).hexdigest(),
+                onnx=self.manifest.files[f"{graph}.onnx"],
+                seconds=round(time.perf_counter() - start, 3),
+                ranges={name: tuple(shapes) for name, shapes in ranges.items()},
+            )
         if cache.data:
             (folder / TIMING_CACHE).write_bytes(cache.data)
         plans = Plans(

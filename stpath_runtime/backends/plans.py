@@ -17,11 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .backends import ENOUGH_ROWS
-from .encoder import DECODED_ROWS, GENES_AT_ONCE, MOST_ELEMENTS
-from .errors import InstallError, OptionError, PlanError
-from .manifest import WEIGHTS, Manifest, ModelConfig, graph_files, sha256
-from .neighbors import BLOCK, PAD_KEYS
+from ..encoding.sizes import BLOCK, DECODED_ROWS, GENES_AT_ONCE, MOST_ELEMENTS, MOST_ROWS, PAD_KEYS
+from ..errors import InstallError, OptionError, PlanError
+from ..files import sha256
+from ..manifest import WEIGHTS, Manifest, ModelConfig, graph_files
+from ..records import record
 
 SCHEMA = 1
 FOLDER = "plans"
@@ -44,6 +44,16 @@ Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # the least, u
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What plans.json says of one plan."""
+
+    sha256: str
+    onnx: str  # SHA-256 of the graph that it was built from
+    seconds: float  # that the build took
+    ranges: dict[str, tuple[tuple[int, ...], ...]]  # input -> Range
+
+
+@dataclass(frozen=True)
 class Plans:
     """The contents of plans.json."""
 
@@ -55,7 +65,7 @@ class Plans:
     max_spots: int
     created: str  # ISO 8601, UTC
     weights: str  # SHA-256 of the weights that the graphs share
-    plans: dict[str, dict[str, Any]]  # graph -> sha256, onnx (its SHA-256), seconds, ranges (input -> Range)
+    plans: dict[str, Plan]  # by graph
 
     def write(self, folder: Path) -> None:
         """Write plans.json."""
@@ -71,24 +81,24 @@ class Plans:
             If it is not there, damaged, or of another schema.
         """
         try:
-            plans = cls(**json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
-            entries = list(plans.plans.values())
-            whole = all({"sha256", "onnx", "seconds", "ranges"} <= set(entry) for entry in entries)
-        except (OSError, TypeError, AttributeError, RecursionError) as error:
+            plans = record(cls, json.loads((folder / SIDECAR).read_text(encoding="utf-8")))
+        except (OSError, RecursionError) as error:
             raise ValueError(str(error)) from error
-        if plans.schema != SCHEMA or not whole:
-            raise ValueError(f"schema {plans.schema}, this version reads {SCHEMA}" if whole else "a plan's facts lack")
+        if plans.schema != SCHEMA:
+            raise ValueError(f"schema {plans.schema}, this version reads {SCHEMA}")
+        for graph, plan in plans.plans.items():
+            for name, shapes in plan.ranges.items():
+                if len(shapes) != 3 or len({len(shape) for shape in shapes}) != 1:
+                    raise ValueError(f"plans[{graph!r}].ranges[{name!r}] is no least, usual and largest shape")
         return plans
 
     def seconds(self) -> float:
         """How long they took to build."""
-        return float(sum(facts["seconds"] for facts in self.plans.values()))
+        return float(sum(plan.seconds for plan in self.plans.values()))
 
     def ranges(self, graph: str) -> dict[str, Range]:
         """The shapes that a graph's inputs may have."""
-        least, usual, largest = 0, 1, 2
-        found: dict[str, Any] = self.plans[graph]["ranges"]
-        return {name: (tuple(s[least]), tuple(s[usual]), tuple(s[largest])) for name, s in found.items()}
+        return {name: (least, usual, largest) for name, (least, usual, largest) in self.plans[graph].ranges.items()}
 
 
 def import_tensorrt(library: str) -> ModuleType:
@@ -140,15 +150,15 @@ def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Ra
         If a tensor would have more elements than TensorRT can count.
     """
     # The scores of a tile, and the keys of its blocks, are the largest tensors.
-    most = MOST_ELEMENTS // (ENOUGH_ROWS * max(model.n_heads, model.d_model // BLOCK)) // BLOCK * BLOCK
+    most = MOST_ELEMENTS // (MOST_ROWS * max(model.n_heads, model.d_model // BLOCK)) // BLOCK * BLOCK
     if not 1 <= max_spots <= most:
         raise OptionError(
             f"--max-spots {max_spots:,}: give 1 to {most:,}; larger slides run by kNN attention, in tiles"
         )
     spots = -(-max_spots // BLOCK) * BLOCK  # kNN keys come in eights, and rows in blocks
     head, knn = graph == "head", graph.startswith("knn_block")
-    d, blocks = model.d_model, (1, ENOUGH_ROWS // BLOCK, ENOUGH_ROWS // BLOCK)
-    rows = (BLOCK if knn else 1, ENOUGH_ROWS, ENOUGH_ROWS)
+    d, blocks = model.d_model, (1, MOST_ROWS // BLOCK, MOST_ROWS // BLOCK)
+    rows = (BLOCK if knn else 1, MOST_ROWS, MOST_ROWS)
     # Blocks name their keys among all rows of a slide, however many: no tensor grows with those but k and v themselves.
     keys = (1, USUAL_SPOTS, MOST_ELEMENTS // d // BLOCK * BLOCK) if knn else (1, min(USUAL_SPOTS, spots), spots)
     keys_of_block = (PAD_KEYS, min(USUAL_KEYS, spots), spots)
@@ -222,11 +232,11 @@ def check_plans(engine: Path, library: str, version: str, target: str, mend: str
         built = f"{LIBRARIES.get(plans.library, plans.library)} {plans.version} on {plans.target}"
         raise PlanError(f"{folder}: built for {built}, and this is {wanted}; {mend}")
     _check_sources(engine, folder, plans, mend)
-    for graph, facts in plans.plans.items():
+    for graph, plan in plans.plans.items():
         path = folder / f"{graph}.plan"
         if not path.is_file():
             raise PlanError(f"{path}: missing; {mend}")
-        if sha256(path) != facts["sha256"]:
+        if sha256(path) != plan.sha256:
             raise PlanError(f"{path}: truncated or altered (its SHA-256 is not the one in {SIDECAR}); {mend}")
     return plans
 
@@ -234,7 +244,7 @@ def check_plans(engine: Path, library: str, version: str, target: str, mend: str
 def _check_sources(engine: Path, folder: Path, plans: Plans, mend: str) -> None:
     """Compare what the plans were built from with the engine's manifest."""
     manifest = Manifest.read(engine)
-    built = {f"{graph}.onnx": facts["onnx"] for graph, facts in plans.plans.items()} | {WEIGHTS: plans.weights}
+    built = {f"{graph}.onnx": plan.onnx for graph, plan in plans.plans.items()} | {WEIGHTS: plans.weights}
     for name in (WEIGHTS, *(f"{graph}.onnx" for graph in stage_graphs(manifest.model))):
         theirs, ours = str(built.get(name)), manifest.files[name]
         if theirs != ours:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..cuda import DeviceArray, Gpu
-from ..errors import PlanError
-from ..plans import LIBRARIES, Range, check_plans, import_tensorrt, last_error, plans_folder, quiet_logger
-from . import ENOUGH_ROWS, Arrays
-from .workspace import GpuWorkspace, gpu_workspace
+from ..encoding.backend import Arrays
+from ..encoding.sizes import MOST_ROWS
+from ..errors import MemoryLimitError, PlanError
+from .cuda import DeviceArray, Gpu
+from .plans import LIBRARIES, Range, check_plans, import_tensorrt, last_error, plans_folder, quiet_logger
+from .workspace import GpuWorkspace, gpu_workspace, require_open
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class TensorRtBackend:
         built from this engine's graphs by this TensorRT.
     """
 
-    enough_rows = ENOUGH_ROWS  # which plans are built for
+    most_rows = MOST_ROWS  # which plans are built for
+    keeps_tiles = False  # all graphs share one piece of memory
 
     def __init__(self, engine: Path, device: str, library: str = "tensorrt") -> None:
         self.name = library
@@ -60,6 +62,7 @@ class TensorRtBackend:
         self._log = quiet_logger(self._trt)
         self._runtime = self._trt.Runtime(self._log)
         self._loaded: dict[str, _Loaded] = {}
+        self._engine, self._closed = engine, False
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names.
@@ -90,6 +93,13 @@ class TensorRtBackend:
         """Bytes that the device has to give."""
         return self._gpu.free_memory()
 
+    def close(self) -> None:
+        """Free the plans, and what they and the engine hold on the GPU."""
+        with self._gpu.alone:
+            self._closed = True
+            self._loaded.clear()
+            self._gpu.close()
+
     def _launch(self, graph: str, inputs: Mapping[str, DeviceArray], outputs: Mapping[str, DeviceArray]) -> None:
         self._take(graph, inputs)
         self._queue(graph, outputs)
@@ -98,20 +108,25 @@ class TensorRtBackend:
         plan = self._plan(graph)
         for name, array in inputs.items():
             self._require_in_range(graph, name, array.shape)
-            plan.context.set_input_shape(name, array.shape)
-            plan.context.set_tensor_address(name, array.address)
+            self._require(plan.context.set_input_shape(name, array.shape), graph, f"{name} of {list(array.shape)}")
+            self._require(plan.context.set_tensor_address(name, array.address), graph, f"the address of {name}")
 
     def _queue(self, graph: str, outputs: Mapping[str, DeviceArray]) -> None:
         plan, gpu = self._plan(graph), self._gpu
         for name, array in outputs.items():
-            plan.context.set_tensor_address(name, array.address)
+            self._require(plan.context.set_tensor_address(name, array.address), graph, f"the address of {name}")
         # Activations of these shapes, not of the largest, in memory that all plans share: they run one by one.
         size = plan.context.update_device_memory_size_for_shapes()
         plan.context.set_device_memory(gpu.reserve("activations", max(1, size)), size)
-        if not plan.context.execute_async_v3(gpu.stream):
-            raise RuntimeError(f"{graph}: {LIBRARIES[self.name]} did not run it: {last_error(self._log)}")
+        self._require(plan.context.execute_async_v3(gpu.stream), graph, "what is queued")
+
+    def _require(self, taken: bool, graph: str, what: str) -> None:
+        """Check what a call of TensorRT returns: it raises nothing where it refuses."""
+        if not taken:
+            raise RuntimeError(f"{graph}: {LIBRARIES[self.name]} refuses {what}: {last_error(self._log)}")
 
     def _plan(self, graph: str) -> _Loaded:
+        require_open(self._closed, self._engine)
         if graph not in self._loaded:
             self._loaded[graph] = self._load(graph)
         return self._loaded[graph]
@@ -125,6 +140,11 @@ class TensorRtBackend:
             why = last_error(self._log)
             raise PlanError(f"{path}: {LIBRARIES[self.name]} cannot load it on {self._gpu.name}: {why}; {self._mend}")
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None:
+            raise MemoryLimitError(
+                f"{path}: {LIBRARIES[self.name]} makes no context for it on {self._gpu.name} "
+                f"({last_error(self._log)}); free memory of the GPU"
+            )
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         types = {name: _numpy_type(trt, engine.get_tensor_dtype(name)) for name in names}
         inputs = {name: types[name] for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT}

@@ -4,41 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..cuda import DeviceArray, Gpu
-
-Array = npt.NDArray[Any] | DeviceArray
-Arrays = Mapping[str, npt.NDArray[np.generic]]
-
-
-class Workspace(Protocol):
-    """Arrays of one slide by name, and what runs graphs on them."""
-
-    takes_all_keys: bool  # a tile is handed k and v of all rows: it costs nothing to name rows of them
-
-    def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
-        """An array of zeros, to be written by `run`."""
-        ...
-
-    def keep(self, name: str, array: npt.NDArray[Any]) -> Any:
-        """An array that several calls of `run` take."""
-        ...
-
-    def run(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Any]) -> None:
-        """Run a graph and write what it gives, by name, to rows of arrays; those may be rows that it takes, too."""
-        ...
-
-    def put(self, values: npt.NDArray[Any], rows: Any) -> None:
-        """Write values to rows of an array."""
-        ...
-
-    def fetch(self, array: Any) -> npt.NDArray[Any]:
-        """The array, in host memory."""
-        ...
+from ..encoding.backend import Array, Arrays
+from ..errors import BackendError
+from .cuda import DeviceArray, Gpu
 
 
 class HostWorkspace:
@@ -127,3 +101,15 @@ def gpu_workspace(gpu: Gpu, launch: Launch) -> Iterator[GpuWorkspace]:
     with gpu.alone:
         gpu.use()
         yield GpuWorkspace(gpu, launch)
+
+
+def require_open(closed: bool, engine: Path) -> None:
+    """Check that a backend was not closed.
+
+    Raises
+    ------
+    InputError
+        If it was.
+    """
+    if closed:
+        raise BackendError(f"{engine}: the engine was closed; load it again with Engine.load")

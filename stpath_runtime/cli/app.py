@@ -6,6 +6,8 @@ found a regression.
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import sys
 import warnings
@@ -16,12 +18,24 @@ from typing import Annotated
 
 import typer
 
-from . import __version__
-from .bench.cli import bench
-from .commands import COMMANDS
-from .errors import INTERRUPTED, InputError, InputWarning, OptionError, ParityError, code_of
+from .. import __version__
+from ..errors import INTERRUPTED, InputError, InputWarning, OptionError, ParityError, code_of
+from .bench import bench
+from .look import info, plot
+from .make import build, triton
+from .measure import doctor, fidelity
+from .predict import decode, predict, run
 
 CTRL_C = 130  # the exit code
+# The groups of `stpath --help`: the runtime's own commands, and those of the other packages by name.
+PREDICT, LOOK, MEASURE, MAKE, TRAIN = "Predict", "Look", "Measure", "Make", "Train"
+COMMANDS = {
+    PREDICT: (predict, run, decode),
+    LOOK: (plot, info),
+    MEASURE: (doctor, fidelity),
+    MAKE: (build, triton),
+}
+GROUP_OF = {"demo": PREDICT, "verify": MEASURE, "evaluate": MEASURE, "export": MAKE, "features": MAKE}  # others: TRAIN
 
 app = typer.Typer(
     help="Predict the expression of 38,982 genes at every spot of a pathology slide, with STPath engines.",
@@ -46,15 +60,16 @@ def _options(
 ) -> None: ...
 
 
-for command in COMMANDS:
-    app.command()(command)
-app.add_typer(bench, name="bench")
+for group, commands in COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(command)
+app.add_typer(bench, name="bench", rich_help_panel=MEASURE)
 
 
 def _is_own(given: Sequence[str]) -> bool:
     """Whether a command of the runtime is asked for, which needs none of the other packages."""
     asked = next((word for word in given if not word.startswith("-")), None)
-    return asked == "bench" or asked in {command.__name__ for command in COMMANDS}
+    return asked == "bench" or asked in {command.__name__ for commands in COMMANDS.values() for command in commands}
 
 
 @cache
@@ -63,9 +78,9 @@ def _add_commands() -> None:
     for entry in sorted(entry_points(group="stpath.commands"), key=lambda entry: entry.name):
         command = entry.load()
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=entry.name)
+            app.add_typer(command, name=entry.name, rich_help_panel=GROUP_OF.get(entry.name, TRAIN))
         else:
-            app.command(entry.name)(command)
+            app.command(entry.name, rich_help_panel=GROUP_OF.get(entry.name, TRAIN))(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,8 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # taken anywhere on the line, as users put it last
     given = [word for word in given if word != "--debug"]
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # as a cluster or a closed terminal sends: tidy up on the way out
-        signal.signal(ending, _stop)
+    # As a cluster or a closed terminal sends: tidy up on the way out.
+    earlier = {ending: signal.signal(ending, _stop) for ending in (signal.SIGTERM, signal.SIGHUP)}
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             if not debug:  # other libraries' notes to their developers are no use to a user
@@ -94,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _print_error(INTERRUPTED, "interrupted; nothing half-written is left")
         return CTRL_C
+    finally:
+        for ending, handler in earlier.items():
+            signal.signal(ending, handler)
 
 
 def _stop(number: int, frame: object) -> None:
@@ -116,7 +137,9 @@ def _report(error: Exception) -> int:
             return 2  # no command given: the help was printed
         line, code = f"{error.format_message().rstrip('.')}; see stpath --help", OptionError.code
     elif isinstance(error, OSError):
-        line = f"{error.filename or 'files'}: {error.strerror or error}"
+        named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        # Some libraries say of no file that it failed; their own words may.
+        line = f"{' and '.join(named) or 'a file'}: {error.strerror if named else error}"
     elif isinstance(error, MemoryError):
         line = f"not enough memory ({error}); ask for fewer genes or smaller slides"
     else:

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import OptionError
-from ..output import require_writable, written_whole
+from ..files import require_writable, written_whole
 from ..progress import progress_bar
 
 REGRESSION = 4  # the exit code
@@ -70,11 +70,11 @@ def measure(
 
     Two results are compared by: stpath bench compare OLD NEW
     """
-    from ..commands import whole_numbers
     from ..manifest import Manifest
-    from .measure import measure_engine, ways_here
-    from .results import Row
-    from .tables import print_table
+    from ..measures.bench.measure import measure_engine, ways_here
+    from ..measures.bench.results import Row
+    from ..measures.bench.tables import print_table
+    from .options import whole_numbers
 
     if attention is Attentions.GLOBAL and neighbors is not None:
         raise OptionError(f"--neighbors {neighbors}: global attention takes none; leave it out or give --attention knn")
@@ -102,8 +102,8 @@ def compare(
     ] = 1.1,
 ) -> None:
     """Compare two results of stpath bench, row by row; exit code 4 if one became slower or takes more memory."""
-    from .comparison import pairs, print_pairs, warn_of_differences
-    from .results import Results
+    from ..measures.bench.comparison import pairs, print_pairs, warn_of_differences
+    from ..measures.bench.results import Results
 
     before, after = Results.read(old), Results.read(new)
     warn_of_differences(before, after)
@@ -116,7 +116,7 @@ def compare(
 
 def _require_folder(out: Path) -> None:
     from ..errors import OutputError
-    from ..plot import require_matplotlib
+    from ..results.plot import require_matplotlib
 
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}: a file; give a folder")
@@ -126,13 +126,13 @@ def _require_folder(out: Path) -> None:
 
 def _write(results: Any, out: Path) -> list[Path]:
     """Write the results, the table and the pictures; returns their paths."""
-    from .plots import plot_latency, plot_memory
-    from .tables import markdown
+    from ..measures.bench.plots import plot_latency, plot_memory
+    from ..measures.bench.tables import markdown
 
     paths = [out / name for name in ("bench.json", "bench.md", "latency.png", "memory.png")]
     results.write(paths[0])
     with written_whole(paths[1]) as partial:
-        partial.write_text(markdown(results), encoding="utf-8")
+        partial.write_text(markdown(results), encoding="utf-8", errors="backslashreplace")
     plot_latency(results, paths[2])
     plot_memory(results, paths[3])
     return paths

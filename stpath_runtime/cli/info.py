@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .manifest import Manifest
+from ..manifest import Manifest
 
 
 def print_manifest(path: Path, manifest: Manifest) -> None:

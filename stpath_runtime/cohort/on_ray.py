@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import socket
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ClusterError, InstallError, MemoryLimitError
-from .output import Format
+from ..errors import ClusterError, InstallError, MemoryLimitError, first_line
+from ..results.output import Format
 from .pipeline import LISTS, Job, Outcome, Settings, run_jobs
 from .remote import is_url
 
@@ -71,14 +71,16 @@ def run_on_ray(
             logging_level=logging.ERROR,
         )
     except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, UnicodeError):
+            raise ClusterError(f"--ray {address}: Ray takes names in UTF-8 only ({error}); rename the file") from error
+        if "AF_UNIX" in str(error):
+            raise ClusterError(
+                f"--ray {address}: the path of the folder of temporary files is too long for Ray's sockets "
+                f"({first_line(error)}); set RAY_TMPDIR to a short one, such as /tmp"
+            ) from error
         raise ClusterError(f"--ray {address}: no cluster there ({error}); start one with: ray start --head") from error
     try:
         _require_room(ray.cluster_resources(), address, workers, cpus, gpus)  # type: ignore[no-untyped-call]
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        context.max_errored_blocks = -1  # what is lost with a worker that dies is no reason to stop
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         waiting = {_anywhere(job.target): job for job in jobs}
         for given in (min(AT_ONCE, -(-len(jobs) // workers)), 1):
             for found in _outcomes(list(waiting.values()), settings, given, workers, cpus, gpus):
@@ -108,7 +110,11 @@ def _outcomes(
     if spots is not None and Path(spots).suffix.lower() in LISTS:
         named = replace(named, context_spots=_anywhere(spots))
     items = [{"job": json.dumps({**asdict(job), **_places(job)})} for job in jobs]
-    outcomes = ray.data.from_items(items, override_num_blocks=-(-len(items) // given)).map_batches(
+    slides = ray.data.from_items(items, override_num_blocks=-(-len(items) // given))
+    slides.context.enable_progress_bars = False  # of this data set alone: the caller's others stay as they are
+    slides.context.print_on_execution_start = False
+    slides.context.max_errored_blocks = -1  # what is lost with a worker that dies is no reason to stop
+    outcomes = slides.map_batches(
         Worker,
         fn_constructor_args=(asdict(named),),
         batch_size=given,
@@ -119,9 +125,24 @@ def _outcomes(
         num_gpus=gpus,
         max_task_retries=RETRIES,  # without end, if left out
     )
-    for row in outcomes.iter_rows():
+    for row in _quietly(outcomes.iter_rows()):
         found = json.loads(row["outcome"])
         yield Outcome(**{**found, "warnings": tuple(found["warnings"])})
+
+
+def _quietly(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same rows, without Ray Data's log while it works on the next."""
+    log, waiting = logging.getLogger("ray.data"), iter(rows)
+    while True:
+        level = log.level
+        log.setLevel(logging.CRITICAL)
+        try:
+            row = next(waiting)
+        except StopIteration:
+            return
+        finally:
+            log.setLevel(level)
+        yield row
 
 
 def _anywhere(path: str) -> str:

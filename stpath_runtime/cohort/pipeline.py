@@ -9,26 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .context import ContextRows, choose_spots
-from .engine import Engine
-from .errors import InputError, InputWarning, OutputError, code_of
-from .output import PROVENANCE, TABLE, Format, is_prediction
-from .prediction import Prediction
-from .readers import read_context, read_facts, read_slide
-from .remote import fetched, is_url, sent, version
-from .slide import Slide
-from .targets import slide_name
+from ..engine import Engine
+from ..errors import InputError, OutputError, code_of, warnings_to
+from ..readers import read_context, read_slide
+from ..results.output import PROVENANCE, TABLE, Format, is_prediction
+from ..results.prediction import Prediction
+from ..results.reading import read_facts
+from ..results.targets import slide_name
+from ..slides.context import ContextRows, choose_spots
+from ..slides.slide import Slide
+from .remote import fetched, is_url, sent, transfer, version
 
 READ_AHEAD = 4  # slides that are read while one is run
 WRITE_BEHIND = 4  # slides that may wait to be written
@@ -53,7 +52,7 @@ class Settings:
     fill_context: bool = False
     attention: str | None = None
     neighbors: int | None = None
-    memory: int | None = None
+    memory: int | str | None = None
     embeddings: bool = False
     form: Format = Format.H5AD
     dtype: str = "float32"
@@ -62,7 +61,6 @@ class Settings:
     def load(self) -> Engine:
         """Load the engine, and check what is asked of it."""
         engine = Engine.load(self.engine, backend=self.backend, device=self.device, precision=self.precision)
-        engine.panel(self.genes)
         engine.attention(self.attention, self.neighbors)
         return engine
 
@@ -102,20 +100,20 @@ class _Work:
     prediction: Prediction | None = None
     run: str = ""  # the fingerprint of its result
     seconds: float = 0.0
-    told: list[str] = field(default_factory=list)  # warnings
+    warnings: list[str] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)  # files of this machine, and the URLs that they are copies of
     outcome: Outcome | None = None  # where it is known
 
     def end(self, status: str, code: str = "", reason: str = "") -> None:
         spots = len(self.slide) if self.slide is not None and status == "done" else 0
-        told = tuple(dict.fromkeys(map(self._named, self.told)))
+        warned = tuple(dict.fromkeys(map(self._named, self.warnings)))
         self.outcome = Outcome(
             self.job.slide,
             self.job.target,
             status,
             spots,
             round(self.seconds, 3),
-            told,
+            warned,
             code,
             " ".join(self._named(reason).split()),
         )
@@ -146,7 +144,6 @@ def run_jobs(
     """
     identity = _identity(engine, settings)
     with ExitStack() as stack:
-        stack.enter_context(_told_by_slide())
         reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
         stack.callback(reader.shutdown, wait=True, cancel_futures=True)
         stack.callback(writer.shutdown, wait=True, cancel_futures=True)
@@ -197,7 +194,7 @@ def _read(engine: Engine, job: Job, settings: Settings, identity: dict[str, Any]
         if settings.resume and _recorded(job.target, settings.form) == work.run:
             work.end("skipped")
             return work
-        if not is_url(job.target) and Path(job.target).exists() and not is_prediction(Path(job.target)):
+        if _is_of_others(job.target):
             raise OutputError(f"{job.target} exists and is no prediction of stpath; move it away")
         with work.fetched(job.slide) as path:
             slide = read_slide(path, organ=job.organ, technology=job.technology, features_key=settings.features_key)
@@ -215,19 +212,19 @@ def _encode(engine: Engine, batch: list[_Work], settings: Settings, watch: Watch
     todo = [work for work in batch if work.outcome is None and work.slide is not None]
     if not todo:
         return
-    told = [list(work.told) for work in todo]
+    earlier = [list(work.warnings) for work in todo]
     with _step(*todo) as failed:
         _encode_together(engine, todo, settings, watch)
     if failed and len(todo) > 1:
-        for work, before in zip(todo, told, strict=True):
-            work.outcome, work.told = None, before
+        for work, before in zip(todo, earlier, strict=True):
+            work.outcome, work.warnings = None, before
             _encode(engine, [work], settings, watch)
 
 
 def _encode_together(engine: Engine, works: list[_Work], settings: Settings, watch: Watch) -> None:
     slides = [work.slide for work in works if work.slide is not None]
     more = f" and {len(works) - 1} more" if len(works) > 1 else ""
-    found = engine.encode(
+    predictions = engine.predict_many(
         slides,
         [work.context for work in works],
         genes=settings.genes,
@@ -238,7 +235,7 @@ def _encode_together(engine: Engine, works: list[_Work], settings: Settings, wat
         fill_context=settings.fill_context,
         on_tile=partial(watch, f"predict {slide_name(works[0].job.slide)}{more}"),
     )
-    for work, prediction in zip(works, found, strict=True):
+    for work, prediction in zip(works, predictions, strict=True):
         prediction.frame.uns["stpath"]["run"] = work.run
         work.prediction = prediction
 
@@ -274,13 +271,33 @@ def fingerprint(job: Job, identity: dict[str, Any]) -> str:
 
 def _identity(engine: Engine, settings: Settings) -> dict[str, Any]:
     """What of engine and settings a result depends on, or tells (the memory it does not)."""
-    kept = asdict(settings) | {"engine": engine.hash()}
-    for free in ("memory", "resume"):
+    attention = str(engine.attention(settings.attention, settings.neighbors))
+    kept = asdict(settings) | {"engine": engine.hash(), "attention": attention}
+    for free in ("memory", "neighbors", "resume"):
         del kept[free]
     chosen = settings.context_spots
     if chosen is not None and Path(chosen).suffix.lower() in LISTS and Path(chosen).is_file():
         kept["context_spots"] = version(chosen)
     return kept
+
+
+def _is_of_others(target: str) -> bool:
+    """Whether something stands where a result is to go that stpath did not write."""
+    if not is_url(target):
+        return Path(target).exists() and not is_prediction(Path(target))
+    with transfer(target, "read") as (files, place):
+        if files.isdir(place):
+            return not any(files.isdir(f"{place}/{key}") for key in (PROVENANCE, f"tables/{TABLE}/{PROVENANCE}"))
+        if not files.exists(place):
+            return False
+        import h5py
+
+        with files.open(place, "rb") as remote:
+            try:
+                with h5py.File(remote, "r") as file:
+                    return PROVENANCE not in file
+            except OSError:  # no HDF5
+                return True
 
 
 def _recorded(target: str, form: Format) -> str | None:
@@ -308,39 +325,21 @@ def _recorded_there(target: str, form: Format) -> str:
         return str(zarr.open_array(path / "stpath" / "run", mode="r")[...])
 
 
-_TOLD: ContextVar[list[_Work] | None] = ContextVar("told", default=None)
-
-
-@contextmanager
-def _told_by_slide() -> Iterator[None]:
-    """Let warnings within a step of a slide go to that slide."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # other libraries' notes to their developers
-        warnings.simplefilter("always", InputWarning)
-        shown = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
-            works = _TOLD.get()
-            if works is None:
-                shown(message, category, *rest)
-            for work in works or ():
-                work.told.append(str(message))
-
-        warnings.showwarning = show  # type: ignore[assignment]
-        yield
-
-
 @contextmanager
 def _step(*works: _Work) -> Iterator[list[Exception]]:
     """One step of one or more slides: its time and its warnings are theirs, and an error ends them alone."""
     failed: list[Exception] = []
-    token, start = _TOLD.set(list(works)), time.perf_counter()
+    start = time.perf_counter()
+
+    def collect(message: str) -> None:
+        for work in works:
+            work.warnings.append(message)
+
     try:
-        yield failed
+        with warnings_to(collect):
+            yield failed
     except Exception as error:  # whatever it is, the other slides go on
         failed.append(error)
-    finally:
-        _TOLD.reset(token)
     spots = sum(len(work.slide) for work in works if work.slide is not None) or 1
     for work in works:
         share = len(work.slide) / spots if len(works) > 1 and work.slide is not None else 1.0

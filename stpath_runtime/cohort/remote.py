@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import FileError, InstallError, RemoteError
-
-ROOTS = (".zgroup", ".zattrs", ".zmetadata", "zarr.json")  # without them a folder is no zarr store
+from ..errors import FileError, InputError, InstallError, RemoteError, first_line
+from ..files import partial_name
+from ..machine import network_setting_at_fault
 
 
 def is_url(path: str) -> bool:
@@ -37,7 +37,7 @@ def fetched(path: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="stpath-") as folder:
         copy = Path(folder) / path.rstrip("/").rsplit("/", 1)[-1]
-        with _transfer(path, "fetched") as (files, place):
+        with transfer(path, "fetched") as (files, place):
             files.get(place, str(copy), recursive=files.isdir(place))
         yield copy
 
@@ -46,7 +46,7 @@ def fetched(path: str) -> Iterator[Path]:
 def sent(path: str) -> Iterator[Path]:
     """Where to write on this machine; what the block writes there is sent to a URL when the block ends well.
 
-    The files that make a folder a zarr store go last: one that was sent in part does not look whole.
+    It is sent beside what stands at the URL, which stays until the new one is whole.
 
     Raises
     ------
@@ -59,18 +59,28 @@ def sent(path: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="stpath-") as folder:
         written = Path(folder) / path.rstrip("/").rsplit("/", 1)[-1]
         yield written
-        with _transfer(path, "written") as (files, place):
-            if files.isdir(place):
-                files.rm(place, recursive=True)
-            files.makedirs(place.rstrip("/").rsplit("/", 1)[0], exist_ok=True)
-            names = [entry for entry in sorted(written.rglob("*")) if entry.is_file()] if written.is_dir() else []
-            names.sort(key=lambda entry: entry.parent == written and entry.name in ROOTS)
-            if not names:
-                files.put_file(str(written), place)
-            for entry in names:
-                target = f"{place}/{entry.relative_to(written).as_posix()}"
-                files.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-                files.put_file(str(entry), target)
+        with transfer(path, "written") as (files, place):
+            parent, _, name = place.rstrip("/").rpartition("/")
+            beside = f"{parent}/{partial_name(name)}"
+            files.makedirs(parent, exist_ok=True)
+            try:
+                if written.is_dir():
+                    _send_folder(files, written, beside)
+                else:
+                    files.put_file(str(written), beside)
+                if files.exists(place):  # the new one is there, whole
+                    files.rm(place, recursive=True)
+                files.mv(beside, place, recursive=written.is_dir())
+            finally:
+                if files.exists(beside):
+                    files.rm(beside, recursive=True)
+
+
+def _send_folder(files: Any, folder: Path, place: str) -> None:
+    for entry in sorted(path for path in folder.rglob("*") if path.is_file()):
+        target = f"{place}/{entry.relative_to(folder).as_posix()}"
+        files.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        files.put_file(str(entry), target)
 
 
 def discard(path: str) -> None:
@@ -81,7 +91,7 @@ def discard(path: str) -> None:
     InputError
         If it cannot be deleted.
     """
-    with _transfer(path, "deleted") as (files, place):
+    with transfer(path, "deleted") as (files, place):
         if files.exists(place):
             files.rm(place)
 
@@ -95,7 +105,7 @@ def version(path: str) -> list[str]:
         If it is not there.
     """
     if is_url(path):
-        with _transfer(path, "found") as (files, place):
+        with transfer(path, "found") as (files, place):
             found = files.find(place, detail=True) if files.isdir(place) else {place: files.info(place)}
         marks = ("size", "ETag", "etag", "mtime", "LastModified", "created")
         return [f"{name} {[str(info[mark]) for mark in marks if mark in info]}" for name, info in sorted(found.items())]
@@ -108,14 +118,17 @@ def version(path: str) -> list[str]:
 
 
 @contextmanager
-def _transfer(path: str, what: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL and the place in it."""
+def transfer(path: str, what: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL and the place in it; what it raises becomes one line."""
     try:
         import fsspec
     except ImportError as error:
         raise InstallError(f"{path}: URLs need fsspec; run: pip install 'stpath-engine[remote]'") from error
     try:
         yield fsspec.core.url_to_fs(path)
+    except InputError:
+        raise
     except Exception as error:  # file systems raise errors of their own libraries
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RemoteError(f"{path}: cannot be {what} ({type(error).__name__}: {line})") from error
+        if (setting := network_setting_at_fault(error)) is not None:
+            raise RemoteError(f"{path}: cannot be {what}; {setting}") from error
+        raise RemoteError(f"{path}: cannot be {what} ({type(error).__name__}: {first_line(error)})") from error

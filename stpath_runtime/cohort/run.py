@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .engine import Engine
-from .errors import CohortError, InputError, InputWarning, OutputError
-from .output import Format, remove, require_spatialdata, require_writable
+from ..engine import Engine
+from ..errors import CohortError, InputError, OutputError, warn
+from ..files import remove, require_writable, sweep, written_whole
+from ..names import delimiter_of, shown
+from ..readers import read_slide
+from ..results.output import Format, require_spatialdata
+from ..results.targets import slide_name
+from ..slides.vocabulary import nearest_names, organ_token, technology_token
 from .pipeline import Job, Outcome, Settings, Watch, run_jobs
 from .progress import cohort_progress
 from .remote import discard, fetched, is_url, join, sent
-from .targets import slide_name
-from .vocabulary import nearest_names, organ_token, technology_token
 
+ALIASES = {"tech": "technology"}  # as the option is called
 COLUMNS = ("slide", "organ", "technology", "context")
 SUMMARY_COLUMNS = ("slide", "output", "status", "spots", "seconds", "warnings")
 ENDINGS = (".h5", ".hdf5", ".h5ad", ".zarr", ".zarr.zip")  # of what is taken from a folder
+TABLES = (".csv", ".tsv")  # manifests
 FAILURES, SUMMARY, LOCK = "failures.csv", "summary.csv", ".stpath.lock"
 
 
@@ -67,13 +71,13 @@ def read_cohort(
     """
     if form is Format.SPATIALDATA:
         require_spatialdata()
-    rows = _manifest(source) if source.lower().endswith(".csv") else [(f, {}) for f in _folder(source, out)]
+    rows = _manifest(source) if source.lower().endswith(TABLES) else [(f, {}) for f in _folder(source, out)]
     jobs: dict[str, Job] = {}
     for slide, row in rows:
         target = join(out, f"{slide_name(slide)}{form.suffix}")
         job = Job(slide, target, row.get("organ") or organ, row.get("technology") or technology, row.get("context"))
         if target in jobs:
-            raise CohortError(f"{source}: {jobs[target].slide} and {slide} would both be {target}; rename one")
+            raise CohortError(_one_result(source, jobs[target].slide, slide, target))
         jobs[target] = job
     read = {_place(name) for job in jobs.values() for name in (job.slide, job.context) if name is not None}
     for target in jobs:
@@ -91,6 +95,20 @@ def read_cohort(
     return list(jobs.values())
 
 
+def _one_result(source: str, first: str, second: str, target: str) -> str:
+    """Why two files cannot both be run: often one has the features of a slide, and one its counts."""
+    for name in (first, second):
+        try:
+            with fetched(name) as path:
+                read_slide(path)
+        except InputError as error:
+            return (
+                f"{source}: {first} and {second} would both be {target}, and {name} holds no features that can be read "
+                f"({error}); move it, or name the slides in a manifest (.csv)"
+            )
+    return f"{source}: {first} and {second} would both be {target}; rename one"
+
+
 def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[str, Any] | None = None) -> Totals:
     """Run a cohort into a folder; what is there of an earlier run with the same settings is not run again.
 
@@ -106,9 +124,10 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
     InputError
         If the engine or the settings are at fault, the folder cannot be written, or another run is at work in it.
     """
-    engine = (
-        settings.load()
-    )  # where slides run elsewhere, too: what is wrong with it is found before anything is written
+    engine = settings.load()  # where slides run elsewhere, too: a fault of it is named before anything is written
+    panel = engine.vocabulary.panel(settings.genes)
+    if settings.genes is not None:
+        settings = replace(settings, genes=panel.names)
     outcomes: list[Outcome] = []
     earlier = _summary(out)
     if is_url(out):  # that nothing can be written there is found before the work
@@ -129,7 +148,7 @@ def _outcomes(
 ) -> Generator[Outcome, None, None]:
     if cluster is None:
         return run_jobs(engine, jobs, settings, watch)
-    from .distributed import run_on_ray
+    from .on_ray import run_on_ray
 
     return run_on_ray(jobs, settings, **cluster)
 
@@ -159,17 +178,11 @@ def _alone_in(out: str) -> Iterator[None]:
     except Timeout:
         raise OutputError(f"--out {out}: another run is at work in this folder; wait for it to end") from None
     try:
-        _sweep(folder)
+        sweep(folder)
         yield
-        _sweep(folder)  # of workers that died
+        sweep(folder)  # of workers that died
     finally:
         lock.release()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what was written in part; nobody else is at work here."""
-    for partial in folder.glob(".*.partial"):
-        remove(partial)
 
 
 def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
@@ -177,35 +190,41 @@ def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
     with fetched(source) as path:
         if not path.is_file():
             raise CohortError(f"{source}: no such manifest")
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise CohortError(f"{source}: not text in UTF-8 ({error}); save it as CSV in UTF-8") from error
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names of files need not be text
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        header = [name.strip() for name in reader.fieldnames or []]
-        rows = [(reader.line_num, row) for row in reader if any(row.values())]  # empty ones as Excel leaves them
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(text), strict=True)
+        lines = [(reader.line_num, [field.strip() for field in row]) for row in reader]
     except csv.Error as error:
         raise CohortError(f"{source}: not a CSV file ({error})") from error
-    if "slide" not in header or len(set(header)) < len(header):
-        raise CohortError(f"{source}: the first line names the columns, slide among them, each once; it is: {header}")
-    for name in header:
+    head = [ALIASES.get(name, name) for name in lines[0][1]] if lines else []
+    named = [name for name in head if name]
+    if "slide" not in named or len(set(named)) < len(named):
+        raise CohortError(f"{source}: the first line names the columns, slide among them, each once; it is: {head}")
+    for name in named:
         if name not in COLUMNS:
             near = nearest_names(name, COLUMNS)
-            warnings.warn(f"{source}: the column {name!r} is not read{near}; {COLUMNS} are", InputWarning, stacklevel=3)
-    return [_row(row, source, line) for line, row in rows]
+            warn(f"{source}: the column {name!r} is not read{near}; {', '.join(COLUMNS)} are")
+    return [_row(head, row, source, line) for line, row in lines[1:] if any(row)]  # Excel leaves empty ones
 
 
-def _row(row: dict[str | None, Any], source: str, line: int) -> tuple[str, dict[str, str]]:
-    if None in row or None in row.values():
+def _row(head: Sequence[str], row: Sequence[str], source: str, line: int) -> tuple[str, dict[str, str]]:
+    if len(row) != len(head):
         raise CohortError(f"{source}: line {line} has not as many fields as the header; quote those that hold a comma")
-    told = {str(name).strip(): value.strip() for name, value in row.items() if value.strip()}
+    if any(field for name, field in zip(head, row, strict=True) if not name):
+        raise CohortError(f"{source}: line {line} has a field in a column without a name; name it in the first line")
+    told = {name: field for name, field in zip(head, row, strict=True) if name and field}
     slide = told.pop("slide", "")
     if not slide_name(slide).strip("."):
         raise CohortError(f"{source}: line {line} names no slide ({slide!r}); give a path or URL")
     if "context" in told:
         told["context"] = _beside(source, told["context"])
-    return _beside(source, slide), told
+    slide = _beside(source, slide)
+    for name in (slide, told.get("context", "")):
+        if shown(name) != name and not Path(name).exists():
+            raise CohortError(
+                f"{source}: line {line} is not text in UTF-8 and names no file ({name!r}); save it as CSV in UTF-8"
+            )
+    return slide, told
 
 
 def _beside(source: str, path: str) -> str:
@@ -220,6 +239,8 @@ def _folder(source: str, out: str) -> list[str]:
         raise CohortError(f"{source}: give a manifest (.csv) of URLs; only a folder of this machine is listed")
     folder = Path(source)
     if not folder.is_dir():
+        if source.lower().endswith((".xlsx", ".xls", ".ods")):
+            raise CohortError(f"{source}: a spreadsheet; save it as CSV, and give that")
         what = "a file" if folder.exists() else "no such folder"
         raise CohortError(f"{source}: {what}, and no manifest (.csv); give one of both, or one slide to stpath predict")
     if _place(source) == _place(out):
@@ -236,7 +257,8 @@ def _summary(out: str) -> dict[str, list[str]]:
     """Rows of the summary of an earlier run, by output; none where there is none, or it is none of ours."""
     try:
         with fetched(join(out, SUMMARY)) as path:
-            head, *rows = csv.reader(io.StringIO(path.read_text(encoding="utf-8"), newline=""))
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")  # names of files need not be text
+        head, *rows = csv.reader(io.StringIO(text, newline=""))
     except (InputError, OSError, ValueError, csv.Error):
         return {}
     return {row[1]: row for row in rows if len(row) == len(SUMMARY_COLUMNS)} if tuple(head) == SUMMARY_COLUMNS else {}
@@ -267,7 +289,7 @@ def _summary_row(outcome: Outcome, earlier: list[str] | None) -> list[Any]:
 
 
 def _write_csv(path: str, head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    from .output import written_whole
-
-    with sent(path) as target, written_whole(target) as partial, partial.open("w", newline="") as file:
-        csv.writer(file).writerows([head, *rows])
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([head, *rows])
+    with sent(path) as target, written_whole(target) as partial:
+        partial.write_bytes(text.getvalue().encode(errors="surrogateescape"))  # names of files need not be text

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-Ints = npt.NDArray[np.int64]
+from .sizes import BLOCK, PAD_KEYS
 
-BLOCK = 64  # rows of a block; fixed in the exported graphs
-PAD_KEYS = 8  # GPU kernels want the number of keys to be a multiple of 8
+if TYPE_CHECKING:
+    from scipy.spatial import KDTree
+
+Ints = npt.NDArray[np.int64]
+QUERIED = 1 << 18  # distances at a time: memory beyond the result does not grow with the spots
 
 
 def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
@@ -26,32 +30,80 @@ def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
 
     Sorted by distance, ties by index, so that the result depends on neither the library nor the order of its tree.
     Distances that differ by no more than the rounding of the coordinates are ties: turning or shifting a slide leaves
-    its neighbours as they are.
+    its neighbours as they are. Memory grows with N k, however many spots are at one place.
 
     Parameters
     ----------
     coords
         [N, 2], in pixels: normalised ones would bend a slide that is not square.
+
+    Examples
+    --------
+    >>> nearest(np.array([[0, 0], [3, 0], [1, 0]]), 2).tolist()
+    [[0, 2], [1, 2], [2, 0]]
     """
     from scipy.spatial import KDTree
 
     points = np.asarray(coords, np.float64)
-    n, k = len(points), min(k, len(points))
-    rounding = 64 * np.finfo(np.float64).eps * np.abs(points).max(initial=0)
-    tree = KDTree(points)
-    found = np.empty((n, k), np.int64)
-    left, ask = np.arange(n), k + PAD_KEYS
-    while len(left):
-        ask = min(ask, n)
-        distance, index = tree.query(points[left], k=np.arange(1, ask + 1))  # [left, ask], sorted
-        group = np.zeros(index.shape, np.int64)
-        np.cumsum(np.diff(distance, axis=1) > rounding, axis=1, out=group[:, 1:])
-        index = np.sort(group * n + index, axis=1) % n  # by distance, then by index
-        # Complete when a farther group than the k-th spot's was seen: no tie of it is missing.
-        done = (group[:, -1] > group[:, k - 1]) | (ask == n)
-        found[left[done]] = index[done, :k]
-        left, ask = left[~done], 2 * ask
-    return found
+    k, rounding = min(k, len(points)), 64 * np.finfo(np.float64).eps * np.abs(points).max(initial=0)
+    if len(points) == 0:
+        return np.empty((0, 0), np.int64)
+    # Spots at one place have the same neighbours, which are found once: [M, 2] places, and the place of each spot.
+    places, place = np.unique(points, axis=0, return_inverse=True)
+    place = place.reshape(-1)
+    spots = np.argsort(place, kind="stable")  # place after place, in each by index
+    start = np.searchsorted(place[spots], np.arange(len(places) + 1))
+    tree, neighbors = KDTree(places), np.empty((len(places), k), np.int64)
+    waiting = [(np.arange(len(places)), k + PAD_KEYS)]  # rows, and how many places are asked for
+    while waiting:
+        rows, ask = waiting.pop()
+        ask = min(ask, len(places))
+        if len(rows) > (most := max(1, QUERIED // ask)):
+            waiting.append((rows[most:], ask))
+        rows = rows[:most]
+        complete = _nearest_of_some(tree, rows, k, ask, rounding, spots, start, neighbors)
+        if not complete.all():
+            waiting.append((rows[~complete], 2 * ask))
+    return neighbors[place]
+
+
+def _nearest_of_some(
+    tree: KDTree,
+    rows: Ints,
+    k: int,
+    ask: int,
+    rounding: float,
+    spots: Ints,
+    start: Ints,
+    neighbors: Ints,
+) -> npt.NDArray[np.bool_]:
+    """Write the k nearest spots of some places to their rows of `neighbors` [M, k]; returns which rows are complete.
+
+    Parameters
+    ----------
+    ask
+        How many places are looked at. A row is complete if a farther group of ties than that of its k-th spot is seen.
+    spots, start
+        The spots of all places, place after place, and where each place's begin.
+    """
+    counts = np.diff(start)
+    distance, near = (np.asarray(part) for part in tree.query(tree.data[rows], k=np.arange(1, ask + 1)))  # [rows, ask]
+    group = np.zeros(near.shape, np.int64)  # by distance; ties share one
+    np.cumsum(np.diff(distance, axis=1) > rounding, axis=1, out=group[:, 1:])
+    last = np.argmax(np.cumsum(counts[near], axis=1) >= k, axis=1)  # the place of the k-th spot
+    last_group = np.take_along_axis(group, last[:, None], axis=1)  # [rows, 1]
+    complete = (group[:, -1] > last_group[:, 0]) | (ask == tree.n)
+    row, column = np.nonzero(complete[:, None] & (group <= last_group))
+    place = near[row, column]
+    # Of a place, no more than the k first spots by index can be among the nearest.
+    of_place = np.minimum(counts[place], k)
+    offset = np.arange(of_place.sum()) - np.repeat(np.cumsum(of_place) - of_place, of_place)
+    spot = spots[np.repeat(start[place], of_place) + offset]
+    key = np.repeat(row * ask + group[row, column], of_place) * len(spots) + spot
+    key.sort()  # by row, then by distance, then by index
+    first = np.searchsorted(key, np.flatnonzero(complete) * ask * len(spots))  # of each row
+    neighbors[rows[complete]] = key[first[:, None] + np.arange(k)] % len(spots)
+    return complete
 
 
 def usual_distance(coords: npt.NDArray[np.generic]) -> float:
@@ -80,7 +132,13 @@ class Plan:
         """Number of blocks."""
         return len(self.key_start) - 1
 
-    def tile(self, blocks: slice) -> Tile:
+    @property
+    def planning_bytes(self) -> int:
+        """Bytes that making it took at the most: neighbours, once by place and once by spot, and what is sorted."""
+        n, k = len(self.row), int(self.place.shape[1])
+        return n * (20 * k + 100) + 96 * min(QUERIED, n * (k + PAD_KEYS))
+
+    def tile(self, blocks: slice) -> TileKeys:
         """The keys of some successive blocks."""
         start, stop = self.key_start[blocks.start], self.key_start[blocks.stop]
         counts = np.diff(self.key_start[blocks.start : blocks.stop + 1])
@@ -91,11 +149,11 @@ class Plan:
         place = self.place[blocks.start * BLOCK : blocks.stop * BLOCK]  # [T, k]
         mask = np.zeros((len(place), width), bool)
         np.put_along_axis(mask, place.astype(np.int64), True, axis=1)
-        return Tile(rows, index, mask.reshape(len(counts), BLOCK, width))
+        return TileKeys(rows, index, mask.reshape(len(counts), BLOCK, width))
 
 
 @dataclass(frozen=True, eq=False)
-class Tile:
+class TileKeys:
     """The keys of a tile of blocks: only the rows that they name."""
 
     rows: Ints  # [U], rows of the plan
@@ -150,16 +208,24 @@ def cut(points: npt.NDArray[np.float64], size: int) -> Ints:
 def _assemble(neighbors: Ints, block: Ints, n_blocks: int) -> Plan:
     n, k = neighbors.shape
     order = np.argsort(block, kind="stable")
-    first = np.searchsorted(block[order], np.arange(n_blocks))
+    first = np.searchsorted(block[order], np.arange(n_blocks + 1))  # of each block, in `order`
     row = np.empty(n, np.int64)
     row[order] = block[order] * BLOCK + np.arange(n) - first[block[order]]
-    spot = np.full(n_blocks * BLOCK, -1, np.int64)
-    spot[row] = np.arange(n)
-    # Each block's distinct keys, sorted: pairs (block, key row) as one number.
     rows = n_blocks * BLOCK
-    pairs = block[:, None] * rows + row[neighbors]  # [N, k]
-    distinct, inverse = np.unique(pairs, return_inverse=True)
-    key_start = np.searchsorted(distinct, np.arange(n_blocks + 1) * rows)
+    spot = np.full(rows, -1, np.int64)
+    spot[row] = np.arange(n)
     place = np.zeros((rows, k), np.int32)
-    place[row] = inverse.reshape(n, k) - key_start[block][:, None]
-    return Plan(spot, row, key_start, distinct % rows, place)
+    key_counts, key_rows = [], []
+    step = max(1, QUERIED // (k * BLOCK))
+    for low in range(0, n_blocks, step):  # a few blocks at a time, to keep what is sorted small
+        high = min(low + step, n_blocks)
+        members = order[first[low] : first[high]]
+        # Each block's distinct keys, sorted: pairs (block, key row) as one number.
+        pairs = (block[members] - low)[:, None] * rows + row[neighbors[members]]  # [members, k]
+        distinct, inverse = np.unique(pairs, return_inverse=True)
+        start = np.searchsorted(distinct, np.arange(high - low + 1) * rows)
+        place[row[members]] = inverse.reshape(-1, k) - start[block[members] - low][:, None]
+        key_counts.append(np.diff(start))
+        key_rows.append(distinct % rows)
+    key_start = np.concatenate([[0], np.cumsum(np.concatenate(key_counts))])
+    return Plan(spot, row, key_start, np.concatenate(key_rows), place)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .backends import installed
-from .errors import BackendError, InputError, InputWarning, ParityError
-from .manifest import Manifest
+from ..errors import BackendError, InputError, InputWarning, ParityError
+from ..machine import cpu_features, installed, nvidia_gpus
+from ..manifest import Manifest
 
 SPOTS, KNN = 300, 8  # of the slide that backends are compared on
 BARS = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 5e-2}  # both sides err: float32 by 1e-5; rounding to 11 and 8 bits adds up
-CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -70,23 +68,6 @@ def examine(engine: Path | None) -> None:
         )
 
 
-def nvidia_gpus() -> list[str]:
-    """Names and memory of the NVIDIA GPUs, by nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return []
-
-
-def cpu_features() -> list[str]:
-    """Which of CPU_FEATURES this machine's CPU has."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    flags = {word for line in lines if line.startswith("flags") for word in line.split()}
-    return [feature for feature in CPU_FEATURES if feature in flags]
-
-
 def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
     """How far each way is from ONNX Runtime on the CPU, and whether that is within BARS.
 
@@ -105,8 +86,8 @@ def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
 
 
 def _expressions(engine: Path, way: Way) -> list[np.ndarray]:
-    from .engine import Engine
-    from .slide import Slide
+    from ..engine import Engine
+    from ..slides.slide import Slide
 
     loaded = Engine.load(engine, backend=way.backend, device=way.device, precision=way.precision)
     rng = np.random.default_rng(0)
@@ -123,11 +104,11 @@ def fault_of(way: Way, gpus: list[str], engine: Path | None) -> str | None:
     """Why a way does not work here; None where it does."""
     if way.device != "cpu" and not gpus:
         missing = "" if installed(way.package) else f", and {way.package} is not installed"
-        return f"no NVIDIA GPU (nvidia-smi finds none){missing}"
+        return f"no NVIDIA GPU (its driver finds none){missing}"
     try:
         _openers()[way.backend](way)
         if engine is not None:
-            from .backends import open_backend
+            from ..backends import open_backend
 
             open_backend(way.backend, engine, way.device, Manifest.read(engine).precision, way.precision)
     except InputError as error:
@@ -137,9 +118,9 @@ def fault_of(way: Way, gpus: list[str], engine: Path | None) -> str | None:
 
 def _openers() -> dict[str, Callable[[Way], object]]:
     """What each backend can check without an engine."""
-    from .backends import open_backend
-    from .cuda import Gpu
-    from .plans import import_tensorrt
+    from ..backends import open_backend
+    from ..backends.cuda import Gpu
+    from ..backends.plans import import_tensorrt
 
     def tensorrt(way: Way) -> object:
         return import_tensorrt(way.backend), Gpu(way.device)
@@ -161,7 +142,7 @@ def _print(
 
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     console.print(f"CPU: {len(os.sched_getaffinity(0))} cores; {', '.join(cpu_features()) or 'no AVX2'}")
-    console.print(f"GPU: {'; '.join(gpus) or 'none (nvidia-smi)'}")
+    console.print(f"GPU: {'; '.join(gpus) or 'none (by the driver)'}")
     table = Table("backend", "device", "precision", "needs", "installed", "differs by", "state", title="stpath doctor")
     for way, fault in faults.items():
         error, passed = differs.get(way, (None, True))

@@ -7,17 +7,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .encoder import GENES_AT_ONCE
-from .engine import Engine
-from .errors import InputWarning
-from .output import written_whole
-from .progress import OnTile
-from .slide import Slide
+from ..encoding.attention import Attention
+from ..encoding.sizes import GENES_AT_ONCE
+from ..engine import Engine
+from ..errors import InputWarning
+from ..files import written_whole
+from ..names import shown
+from ..progress import OnTile
+from ..slides.slide import Slide
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -45,7 +46,11 @@ class FidelityReport:
 
 
 def measure_fidelity(
-    engine: Engine, slide: Slide, neighbors: Sequence[int], memory: int | None = None, on_step: OnTile | None = None
+    engine: Engine,
+    slide: Slide,
+    neighbors: Sequence[int],
+    memory: int | str | None = None,
+    on_step: OnTile | None = None,
 ) -> FidelityReport:
     """Compare kNN attention, for each number of neighbours, with attention as trained.
 
@@ -67,8 +72,8 @@ def measure_fidelity(
             on_step(done + 1, len(neighbors) + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", InputWarning)  # that it is an approximation is what this measures
-            engine.embed(Slide(slide.coords[:1], slide.features[:1]), attention="knn", neighbors=k)
-            taken, found = _timed(engine, slide, memory, attention="knn", neighbors=k)
+            engine.embed(Slide(slide.coords[:1], slide.features[:1]), attention=Attention("knn", k))
+            taken, found = _timed(engine, slide, memory, Attention("knn", k))
         error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
         r = _pearson_by_gene(engine, found, exact)
         rows.append(Fidelity(k, error, tuple(np.quantile(r, QUANTILES).tolist()) if len(r) else (), taken))
@@ -100,7 +105,7 @@ def plot_fidelity(report: FidelityReport, path: Path) -> None:
 
     ks = [row.neighbors for row in report.rows]
     figure = Figure(figsize=(12, 3.8), layout="constrained")
-    figure.suptitle(f"{Path(report.slide).name}: kNN against {report.trained} attention, {report.spots:,} spots")
+    figure.suptitle(f"{shown(Path(report.slide).name)}: kNN against {report.trained} attention, {report.spots:,} spots")
     error, correlation, seconds = figure.subplots(1, 3)
     error.plot(ks, [row.relative_l2 for row in report.rows], "o-", color="tab:red")
     error.set(ylabel="relative L2 of the embedding", ylim=(0, None))
@@ -125,9 +130,11 @@ def plot_fidelity(report: FidelityReport, path: Path) -> None:
         figure.savefig(partial, dpi=110, format="png", facecolor="white")
 
 
-def _timed(engine: Engine, slide: Slide, memory: int | None, **how: Any) -> tuple[float, npt.NDArray[np.float32]]:
+def _timed(
+    engine: Engine, slide: Slide, memory: int | str | None, attention: Attention | None = None
+) -> tuple[float, npt.NDArray[np.float32]]:
     start = time.perf_counter()
-    embedding = engine.embed(slide, memory=memory, **how)
+    embedding = engine.embed(slide, memory=memory, attention=attention)
     return time.perf_counter() - start, embedding
 
 

@@ -1,21 +1,20 @@
-"""Files of features, of counts and of predictions, as users have them; told apart by what is in them."""
+"""Files of features and of counts, as users have them; told apart by what is in them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..context import Context
-from ..errors import ContextError, FileError
-from ..slide import Slide
-from .elements import is_anndata, read_anndata, read_matrix, read_names
+from ..errors import ContextError, FileError, InputError
+from ..slides.context import Context
+from ..slides.slide import Slide
+from .elements import is_anndata, read_anndata, read_matrix, read_names, require_groups
 from .hdf5 import BARCODES, read_features
 from .opening import opened
-from .predictions import open_prediction, read_facts
-from .sources import Source
-from .spatial import is_spatialdata, read_spatialdata
+from .sources import Source, width_of
+from .spatial import is_spatialdata, read_spatialdata, widths
 from .zarrs import ZarrSource
 
-__all__ = ["BARCODES", "open_prediction", "read_context", "read_facts", "read_slide"]
+__all__ = ["BARCODES", "read_context", "read_slide"]
 
 
 def read_slide(
@@ -51,6 +50,11 @@ def read_slide(
         If the file is missing, damaged or of no kind that is known, lacks features or coordinates, holds something
         that must not be read (a pickle, a link to another file, an array that declares absurdly more than it stores),
         or holds a slide that `Slide` refuses.
+
+    Examples
+    --------
+    >>> read_slide(slide_path, organ="Kidney")
+    Slide('s.h5', 61 spots, 96 features, organ='Kidney', technology=None)
     """
     path = Path(path)
     with opened(path, "features") as source:
@@ -62,7 +66,25 @@ def read_slide(
             parts = read_spatialdata(source, features_key)
         else:
             raise FileError(f"{path}: a zarr store, but neither AnnData nor SpatialData; it holds: {source.listed('')}")
+    for array in (parts.coords, parts.features):
+        if array.flags.owndata:
+            array.flags.writeable = False  # nobody else has it: the slide needs no copy
     return Slide(parts.coords, parts.features, parts.barcodes, organ, technology, name=str(path), patch=parts.patch)
+
+
+def keys_of_width(path: str | Path, width: int) -> list[str]:
+    """What `features_key` may name in a file whose rows are that wide: for a message, so that a fault gives none."""
+    try:
+        with opened(Path(path), "features") as source:
+            if is_anndata(source):
+                found = {key: width_of(source.shape(f"obsm/{key}")) for key in source.names("obsm")}
+            elif isinstance(source, ZarrSource):
+                found = dict(widths(source))
+            else:
+                found = {key: width_of(source.shape(key)) for key in source.names()}
+    except (InputError, OSError):
+        return []
+    return [key for key, wide in found.items() if wide == width]
 
 
 def read_context(path: str | Path) -> Context:
@@ -75,6 +97,7 @@ def read_context(path: str | Path) -> Context:
     """
     with opened(Path(path), "context counts") as source:
         _require_anndata(source, "context counts")
+        require_groups(source)
         if "X" not in source.names():
             raise ContextError(f"{path}: holds no X; expected raw counts there")
         counts = read_matrix(source, "X")

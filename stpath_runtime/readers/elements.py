@@ -8,11 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileError, SlideError
-from ..vocabulary import nearest_names
+from ..slides.slide import dense_features
+from ..slides.vocabulary import nearest_names
 from .checks import reading
 from .sources import Parts, Source
-
-LEAST_FILLED = 0.1  # of a sparse matrix of features: below, it is one of counts
 
 
 def is_anndata(source: Source) -> bool:
@@ -29,6 +28,7 @@ def read_anndata(source: Source, features_key: str | None) -> Parts:
         If it has no obsm['spatial'], no such features, or X holds counts.
     """
     path, kept = source.path, source.names("obsm")
+    require_groups(source)
     if "spatial" not in kept:
         raise SlideError(
             f"{path}: no coordinates; expected obsm['spatial'] [N, 2], found in obsm: {source.listed('obsm')}"
@@ -44,6 +44,22 @@ def read_anndata(source: Source, features_key: str | None) -> Parts:
     return Parts(dense(source, "obsm/spatial"), features, read_names(source, "obs"))
 
 
+def require_groups(source: Source) -> None:
+    """Refuse a file of anndata before 0.8 whose tables are arrays of records.
+
+    Raises
+    ------
+    InputError
+        If it is one.
+    """
+    for table in ("obs", "var"):
+        if source.shape(table) is not None and not source.names(table):
+            raise FileError(
+                f"{source.path}: {table!r} is an array of records, as anndata wrote before 0.8; write it anew with a "
+                "newer one: anndata.read_h5ad(PATH).write_h5ad(PATH)"
+            )
+
+
 def dense(source: Source, key: str) -> npt.NDArray[Any]:
     """Read a matrix as an array, [N, F]; a sparse one only if it is as filled as features are.
 
@@ -52,17 +68,16 @@ def dense(source: Source, key: str) -> npt.NDArray[Any]:
     InputError
         If it is sparse, and hardly filled.
     """
-    found = read_matrix(source, key)
+    matrix = read_matrix(source, key)
     source.require_whole(key)
-    if not hasattr(found, "nnz"):
-        return np.asarray(found)
-    filled = found.nnz / max(found.shape[0] * found.shape[1], 1)
-    if filled < LEAST_FILLED:
-        raise SlideError(
-            f"{source.path}: {key!r} is sparse and {filled:.1%} filled, as counts are and features are not; "
-            f"say which of obsm are the features (features_key), it holds: {source.listed('obsm')}"
-        )
-    return np.asarray(found.toarray())
+    beside = source.listed(_obsm_beside(key)) if hasattr(matrix, "nnz") else ""
+    return dense_features(matrix, f"{source.path}: {key!r}", beside)
+
+
+def _obsm_beside(key: str) -> str:
+    """The obsm of the table that a matrix is of: that of "tables/t/X" is "tables/t/obsm"."""
+    table = key.rpartition("/obsm/")[0] if "/obsm/" in key else key.rpartition("/")[0]
+    return f"{table}/obsm" if table and table != "obsm" else "obsm"
 
 
 def read_matrix(source: Source, key: str) -> Any:
@@ -80,8 +95,13 @@ def read_matrix(source: Source, key: str) -> Any:
     return found
 
 
+def _as_text(names: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Names of a file, [N], as anndata takes them: an index of numbers holds names, too, and never positions."""
+    return np.array([name if isinstance(name, str | bytes) else str(name) for name in names], object)
+
+
 def read_names(source: Source, table: str) -> npt.NDArray[Any]:
-    """Names of the rows of obs or var, [N].
+    """Names of the rows of obs or var, [N], as text.
 
     Raises
     ------
@@ -92,5 +112,5 @@ def read_names(source: Source, table: str) -> npt.NDArray[Any]:
     if isinstance(index, str) and index in source.names(table):
         names = np.asarray(source.read(f"{table}/{index}"), object)
         if names.ndim == 1:
-            return names
+            return _as_text(names)
     raise FileError(f"{source.path}: {table!r} is no table with an index of names; write it with anndata 0.8 or newer")

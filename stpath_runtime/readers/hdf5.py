@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, SlideError
-from ..vocabulary import nearest_names
-from .checks import check_size, chunk_count, reading
+from ..slides.vocabulary import nearest_names
+from .checks import PLUGINS, check_size, chunk_count, reading
 from .patches import patch_of_trident
 from .sources import KINDS, Parts, Source
 
@@ -92,6 +92,8 @@ class Hdf5Source(Source):
             raise FileError(f"{self.path}: {what} keeps its data in another file; copy the data into this one")
         if node.dtype.kind not in KINDS and h5py.check_string_dtype(node.dtype) is None:
             raise FileError(f"{self.path}: {what} is of type {node.dtype}; expected numbers or text")
+        if missing := _missing_filter(node):
+            raise FileError(f"{self.path}: {what} is compressed by {missing}, which is not here; {PLUGINS}")
         if node.shape:
             pieces = node.chunks or node.shape
             chunks = chunk_count(node.shape, pieces)
@@ -99,6 +101,18 @@ class Hdf5Source(Source):
             # A file may say that it stores more than it is long.
             stored = min(node.id.get_storage_size(), self.path.stat().st_size)
             check_size(self.path, what, declared, chunks, stored)
+
+
+def _missing_filter(node: Any) -> str | None:
+    """The name of a filter that an array is compressed by and this HDF5 lacks."""
+    import h5py
+
+    made = node.id.get_create_plist()
+    for i in range(made.get_nfilters()):
+        code, _, _, name = made.get_filter(i)
+        if not h5py.h5z.filter_avail(code):
+            return f"the filter {name.decode(errors='replace').strip() or 'without a name'} ({code})"
+    return None
 
 
 def _check_links(file: Any, path: Path) -> None:

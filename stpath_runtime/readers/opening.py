@@ -19,11 +19,14 @@ def opened(path: Path, what: str) -> Iterator[Source]:
     """Open a file by what is in it."""
     import h5py
 
-    if path.is_dir():
-        if not any((path / name).is_file() for name in ROOTS):
+    with reading(path):  # a folder around it may not be read
+        folder, file, there = path.is_dir(), path.is_file(), path.exists()
+        store = folder and any((path / name).is_file() for name in ROOTS)
+    if folder:
+        if not store:
             raise FileError(f"{path}: a folder, and no zarr store; expected {what} in a file or a .zarr folder")
-    elif not path.is_file():
-        raise FileError(f"{path}: no such file; expected {what}" if not path.exists() else f"{path}: not a file")
+    elif not file:
+        raise FileError(f"{path}: no such file; expected {what}" if not there else f"{path}: not a file")
     elif h5py.is_hdf5(path):
         with open_hdf5(path) as source:
             yield source

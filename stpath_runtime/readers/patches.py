@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..slide import Patch
+from ..slides.slide import Patch
 from .checks import warn_ignored
 
 PIXELS, SCALES = (1, 10**6), (0.01, 1000)  # what a side in pixels, and a magnification or microns a pixel, can be

@@ -6,7 +6,7 @@ What a file may make us do is bounded here: no pickle, nothing outside the file,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileError
-from ..slide import Patch
+from ..slides.slide import Patch
 from .checks import reading
 
 KINDS = "biufSUT"  # booleans, numbers and text of fixed or variable length: what numpy calls them
@@ -141,6 +141,11 @@ class Source(ABC):
     @abstractmethod
     def _check_array(self, node: Any, what: str) -> None:
         """Raise InputError for what must not be read."""
+
+
+def width_of(shape: Sequence[int] | None) -> int | None:
+    """F of a matrix of the shape [N, F]; None of anything else."""
+    return int(shape[1]) if shape is not None and len(shape) == 2 else None
 
 
 def _check_sparse(source: Source, key: str, attributes: Mapping[str, Any]) -> None:

@@ -1,18 +1,19 @@
-"""SpatialData, zarr, as LazySlide writes it: a table of features whose rows are tiles among the shapes."""
+"""SpatialData, zarr, as LazySlide and spatialdata write it: a table of features whose rows annotate shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileError, InstallError, SlideError
-from ..vocabulary import nearest_names
+from ..slides.vocabulary import nearest_names
 from .checks import check_size, reading
 from .elements import dense, read_names
 from .patches import patch_of_lazyslide
-from .sources import Parts
+from .sources import Parts, width_of
 from .zarrs import ZarrSource
 
 
@@ -22,58 +23,127 @@ def is_spatialdata(source: ZarrSource) -> bool:
 
 
 def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
-    """Read a table of features that annotates tiles; rows are matched to tiles by their id.
+    """Read the features of a table, and the coordinates of the shapes that its rows annotate.
+
+    A table that annotates nothing has its coordinates in obsm['spatial'], as an AnnData has.
 
     Raises
     ------
     InputError
-        If there is no such table or there are several, or its rows are not among the tiles.
+        If there are no such features or several, the table annotates anything but one element of shapes, or its rows
+        are not among the shapes.
     """
-    table = _table_name(source, features_key)
-    key = f"tables/{table}"
-    element, instance_key = _annotated(source, table)
-    rows = _column(source, table, instance_key)
-    if len(set(rows.tolist())) != len(rows):
-        raise SlideError(f"{source.path}: the table {table!r} has one {instance_key} twice; make them distinct")
-    coords = _coords(source, element, instance_key, rows)
-    patch = patch_of_lazyslide(source.attributes().get("tile_spec"), element, source.path)
-    return Parts(coords, dense(source, f"{key}/X"), read_names(source, f"{key}/obs"), patch)
+    table, key = _features(source, features_key)
+    folder = f"tables/{table}"
+    element, patch = None, None
+    if _annotates(source, table):
+        element, instance_key = _annotated(source, table)
+        coords = _coords(source, table, element, instance_key)
+        patch = patch_of_lazyslide(source.attributes().get("tile_spec"), element, source.path)
+    elif "spatial" in source.names(f"{folder}/obsm"):
+        coords = dense(source, f"{folder}/obsm/spatial")
+    else:
+        raise SlideError(
+            f"{source.path}: the table {table!r} annotates no shapes and has no obsm['spatial']; give a table whose "
+            "rows have a place"
+        )
+    return Parts(coords, dense(source, f"{folder}/{key}"), read_names(source, f"{folder}/obs"), patch)
 
 
-def _table_name(source: ZarrSource, features_key: str | None) -> str:
+def _features(source: ZarrSource, features_key: str | None) -> tuple[str, str]:
+    """The table that holds the features, and where in it: "X" or "obsm/KEY"."""
     tables = source.names("tables")
-    shapes = {name: source.shape(f"tables/{name}/X") for name in tables}
-    listed = ", ".join(f"{name} {shape or ''}".strip() for name, shape in shapes.items()) or "none"
-    if features_key is not None:
-        if features_key not in tables:
-            near = nearest_names(features_key, tables)
-            raise SlideError(f"{source.path}: no table {features_key!r}{near}; its tables: {listed}")
-        return features_key
-    of_tiles = [name for name in tables if source.attributes(f"tables/{name}").get("region") in source.names("shapes")]
-    if len(of_tiles) != 1:
-        problem = "no table annotates" if not of_tiles else f"{len(of_tiles)} tables annotate"
+    if features_key is None:
+        return _only_table(source, tables), "X"
+    name, _, rest = features_key.partition("/")
+    found = [(features_key, "X")] if features_key in tables else []
+    if name in tables and (rest == "X" or rest in source.names(f"tables/{name}/obsm")):
+        found.append((name, "X" if rest == "X" else f"obsm/{rest}"))
+    found += [(table, f"obsm/{features_key}") for table in tables if features_key in _obsm(source, table)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        known = [*tables, *(key for table in tables for key in _obsm(source, table))]
+        near = nearest_names(features_key, known)
+        raise SlideError(
+            f"{source.path}: no table {features_key!r}{near}, and no table has an obsm of that name; its tables: "
+            f"{_listed(source, tables)}"
+        )
+    ways = ", ".join(f"{table}/{key.removeprefix('obsm/')}" for table, key in found)
+    raise SlideError(f"{source.path}: {features_key!r} names several features; say which (features_key): {ways}")
+
+
+def _only_table(source: ZarrSource, tables: list[str]) -> str:
+    """The table of features where none is named: the only one of shapes or, where none is, the only one with places."""
+    shapes = set(source.names("shapes"))
+    annotating = [table for table in tables if _annotates(source, table)]
+    of_shapes = [table for table in annotating if _regions(source, table) & shapes]
+    placed = [table for table in tables if table not in annotating and "spatial" in _obsm(source, table)]
+    chosen = of_shapes or placed or annotating  # of the last, the reason why it cannot be read is told
+    if len(chosen) != 1:
+        problem = "no table annotates" if not chosen else f"{len(chosen)} tables annotate"
         raise SlideError(
             f"{source.path}: {problem} tiles or other shapes; say which has the features (features_key), its tables: "
-            f"{listed}"
+            f"{_listed(source, tables)}"
         )
-    return of_tiles[0]
+    return chosen[0]
+
+
+def widths(source: ZarrSource) -> dict[str, int]:
+    """What `features_key` may name, and how wide it is."""
+    found: dict[str, int] = {}
+    for table in source.names("tables"):
+        keys = {table: f"tables/{table}/X"} | {key: f"tables/{table}/obsm/{key}" for key in _obsm(source, table)}
+        found |= {name: width for name, key in keys.items() if (width := width_of(source.shape(key))) is not None}
+    return found
+
+
+def _listed(source: ZarrSource, tables: list[str]) -> str:
+    """Tables with the shapes of their X and obsm, for messages."""
+    shown = []
+    for table in tables:
+        shape, kept = source.shape(f"tables/{table}/X"), _obsm(source, table)
+        inside = ", ".join(f"{key} {source.shape(f'tables/{table}/obsm/{key}')}" for key in kept)
+        shown.append(f"{table} {shape or ''}".strip() + (f" (obsm: {inside})" if kept else ""))
+    return ", ".join(shown) or "none"
+
+
+def _obsm(source: ZarrSource, table: str) -> list[str]:
+    return source.names(f"tables/{table}/obsm")
+
+
+def _annotates(source: ZarrSource, table: str) -> bool:
+    return "spatialdata_attrs" in source.names(f"tables/{table}/uns")
+
+
+def _attributes(source: ZarrSource, table: str) -> dict[str, Any]:
+    """What spatialdata writes of a table that annotates: region, region_key and instance_key."""
+    attributes = source.read(f"tables/{table}/uns/spatialdata_attrs")
+    if not isinstance(attributes, dict) or not {"region", "region_key", "instance_key"} <= set(attributes):
+        raise SlideError(f"{source.path}: the table {table!r} annotates nothing; give one of tiles")
+    return attributes
+
+
+def _regions(source: ZarrSource, table: str) -> set[str]:
+    """The elements that a table says it annotates."""
+    region = _attributes(source, table)["region"]
+    return {str(name) for name in np.atleast_1d(np.asarray(region, object)).tolist()}
 
 
 def _annotated(source: ZarrSource, table: str) -> tuple[str, str]:
     """The one element that a table annotates, and the column of obs with its instances."""
-    found = source.read(f"tables/{table}/uns/spatialdata_attrs")
-    if not isinstance(found, dict) or not {"region", "region_key", "instance_key"} <= set(found):
-        raise SlideError(f"{source.path}: the table {table!r} annotates nothing; give one of tiles")
-    region_key, instance_key = str(found["region_key"]), str(found["instance_key"])
-    regions = {str(region) for region in np.atleast_1d(np.asarray(found["region"], object)).tolist()}
-    regions |= {str(region) for region in _column(source, table, region_key).tolist()}
-    if len(regions) != 1 or not regions <= set(source.names("shapes")):
-        listed, shapes = ", ".join(map(repr, sorted(regions))), ", ".join(source.names("shapes")) or "there is none"
+    attributes = _attributes(source, table)
+    regions = _regions(source, table)
+    regions |= {str(region) for region in _column(source, table, str(attributes["region_key"])).tolist()}
+    shapes = source.names("shapes")
+    listed = ", ".join(map(repr, sorted(regions)))
+    if len(regions) != 1 or not regions <= set(shapes):
+        several = " (of several slides? save the rows of each as a table of its own)" if len(regions) > 1 else ""
         raise SlideError(
             f"{source.path}: the table {table!r} annotates {listed}; give one that annotates one element of shapes: "
-            f"{shapes}"
+            f"{', '.join(shapes) or 'there is none'}{several}"
         )
-    return regions.pop(), instance_key
+    return regions.pop(), str(attributes["instance_key"])
 
 
 def _column(source: ZarrSource, table: str, name: str) -> npt.NDArray[Any]:
@@ -86,37 +156,70 @@ def _column(source: ZarrSource, table: str, name: str) -> npt.NDArray[Any]:
     return column
 
 
-def _coords(source: ZarrSource, element: str, instance_key: str, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Coordinates of the rows of a table, [N, 2]: x and y of their tiles, or the corner of the outline."""
+def _coords(source: ZarrSource, table: str, element: str, instance_key: str) -> npt.NDArray[Any]:
+    """Coordinates of the rows of a table, [N, 2]."""
+    instances = _column(source, table, instance_key)
+    if len(set(instances.tolist())) != len(instances):
+        raise SlideError(f"{source.path}: the table {table!r} has one {instance_key} twice; make them distinct")
+    tile_spec = source.attributes().get("tile_spec")
+    of_tiles = isinstance(tile_spec, Mapping) and element in tile_spec  # LazySlide: x and y are its tiles' corners
+    shapes = _read_shapes(source, element, instance_key, of_tiles)
+    what = f"'shapes/{element}'"
+    with reading(source.path, what):
+        rows = _rows(shapes, instance_key, instances, f"{source.path}: {what}")
+        return np.asarray(_corners(shapes)[rows])
+
+
+def _rows(shapes: Any, instance_key: str, instances: npt.NDArray[Any], where: str) -> npt.NDArray[np.int64]:
+    """The row of the shapes of each instance, [N].
+
+    By SpatialData's rule instances are names in the index of the shapes. Where the index does not hold them, as after
+    LazySlide has taken some of its tiles and numbered them anew, they are those of the column of that name.
+    """
     import pandas as pd
 
-    path, what = source.path, f"'shapes/{element}'"
-    tiles = _read_tiles(source, element, instance_key)
-    with reading(path, what):
-        ids = pd.Index(tiles.get(instance_key, tiles.index))
-        if not ids.is_unique:
-            raise SlideError(f"{path}: {what} has one {instance_key} twice; make them distinct")
-        at = ids.get_indexer(pd.Index(rows))
-    if missing := rows[at < 0].tolist():
+    wanted = pd.Index(instances)
+    ways = {"index": shapes.index}
+    if instance_key in shapes.columns:
+        ways[f"column {instance_key!r}"] = pd.Index(shapes[instance_key])
+    if not all(ids.is_unique for ids in ways.values()):
+        raise SlideError(f"{where} has one {instance_key} twice; make them distinct")
+    found = {way: ids.get_indexer(wanted) for way, ids in ways.items()}
+    whole = {way: rows for way, rows in found.items() if (rows >= 0).all()}
+    if not whole:
+        raise SlideError(f"{where}: {_why_missing(found, ways, wanted, instance_key)}")
+    first, *others = whole.values()
+    if any((rows != first).any() for rows in others):
         raise SlideError(
-            f"{path}: {len(missing):,} of {len(rows):,} rows of the table are not in {what}, the first has the "
-            f"{instance_key} {missing[0]!r}; compute the features again"
+            f"{where}: its index and its {' and '.join(list(whole)[1:])} both hold the table's instances, and name "
+            "other shapes by them; remove the column, or make it the index"
         )
-    with reading(path, what):
-        return np.asarray(_corners(tiles)[at])
+    return np.asarray(first, np.int64)
 
 
-def _corners(tiles: Any) -> Any:
-    """X and y of tiles, [N, 2]."""
-    if {"x", "y"} <= set(tiles):
-        return tiles[["x", "y"]].to_numpy()
+def _why_missing(found: dict[str, Any], ways: dict[str, Any], wanted: Any, instance_key: str) -> str:
+    if {wanted.inferred_type} | {ids.inferred_type for ids in ways.values()} == {"string", "integer"}:
+        kinds = ("text", "numbers") if wanted.inferred_type == "string" else ("numbers", "text")
+        return f"the table's {instance_key} are {kinds[0]}, and those of the shapes are {kinds[1]}; make both the same"
+    rows = max(found.values(), key=lambda rows: int((rows >= 0).sum()))
+    missing = wanted[rows < 0].tolist()
+    return (
+        f"{len(missing):,} of {len(wanted):,} rows of the table are not in it, the first has the "
+        f"{instance_key} {missing[0]!r}; compute the features again"
+    )
+
+
+def _corners(shapes: Any) -> Any:
+    """X and y of shapes, [N, 2]: of a point itself, of an outline its corner."""
+    if "geometry" not in shapes:
+        return shapes[["x", "y"]].to_numpy()
     import shapely
 
-    return shapely.bounds(shapely.from_wkb(tiles["geometry"].to_numpy()))[:, :2]
+    return shapely.bounds(shapely.from_wkb(shapes["geometry"].to_numpy()))[:, :2]
 
 
-def _read_tiles(source: ZarrSource, element: str, instance_key: str) -> Any:
-    """The table of an element's shapes: its ids, and coordinates or outlines."""
+def _read_shapes(source: ZarrSource, element: str, instance_key: str, of_tiles: bool) -> Any:
+    """The table of an element's shapes: its ids and, of tiles, x and y, or else its outlines."""
     try:
         import shapely  # noqa: F401  (for outlines)
         from pyarrow.parquet import ParquetFile
@@ -130,8 +233,11 @@ def _read_tiles(source: ZarrSource, element: str, instance_key: str) -> Any:
     with reading(source.path, repr(name)), source.files.open(name) as stream:
         file = ParquetFile(stream)
         columns = set(file.schema_arrow.names)
-        wanted = [instance_key, *(("x", "y") if {"x", "y"} <= columns else ("geometry",))]
+        places = ("x", "y") if of_tiles and {"x", "y"} <= columns else ("geometry",)
+        wanted = [name for name in (instance_key, *places) if name in columns]
+        if not set(places) <= columns:
+            raise FileError(f"{source.path}: {name!r} has no geometry; write it again with spatialdata")
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         declared = max(file.metadata.num_rows * 8 * len(wanted), sum(group.total_byte_size for group in groups))
         check_size(source.path, repr(name), declared, len(groups), source.files.sizes[name])
-        return file.read([name for name in wanted if name in columns], use_pandas_metadata=True).to_pandas()
+        return file.read(wanted, use_pandas_metadata=True).to_pandas()

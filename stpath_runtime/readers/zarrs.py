@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from ..errors import FileError
+from ..errors import FileError, warn
 from .checks import check_size, chunk_count, reading
 from .sources import KINDS, Source
 
@@ -97,9 +97,13 @@ class ZarrSource(Source):
         return isinstance(node, zarr.Array)
 
     def _pieces(self, node: Any) -> tuple[int, int]:
-        if node.shape[:1] == (1,):
-            return 1, 1  # zarr writes no chunk of zeros, and one spot may be at the origin
-        return len(self._chunk_files(node)), chunk_count(node.shape, node.shards or node.chunks)
+        stored, whole = len(self._chunk_files(node)), chunk_count(node.shape, node.shards or node.chunks)
+        if stored or node.shape[:1] == (1,):  # one spot may be at the origin
+            # zarr writes no chunk of zeros: that some are not there may also be a copy that was cut off.
+            if 0 < stored < whole:
+                warn(f"{self.path}: {node.path!r} stores {stored:,} of its {whole:,} chunks; the others are zeros")
+            return 1, 1
+        return 0, whole
 
     def _chunk_files(self, node: Any) -> dict[str, int]:
         """Sizes of the files that hold the data of an array."""

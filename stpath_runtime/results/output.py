@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -16,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InstallError, OutputError
+from ..encoding.sizes import CHUNK
+from ..errors import InstallError
+from ..files import written_whole
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.floating]
 Put = Callable[[slice, slice, Floats], None]  # spots, genes, values
 
-CHUNK = (1_024, 256)  # spots and genes of a chunk of X: 1 MiB, for readers of one gene and for readers of one region
 LARGE = 2 << 30  # bytes of X, from which zarr is written where nothing else is said
 ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}  # how anndata marks a dense matrix
 TABLE, SHAPES = "stpath", "spots"  # elements of a SpatialData
@@ -42,63 +39,6 @@ class Format(StrEnum):
     def suffix(self) -> str:
         """How its name ends."""
         return ".h5ad" if self is Format.H5AD else ".zarr"
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`; rename it to `path` when the block ends well, delete it when it does not.
-
-    The block makes a file or a folder under that name.
-
-    Raises
-    ------
-    InputError
-        If it cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if path.is_dir():  # what a folder replaces must be moved away first
-            earlier = path.with_name(f".{path.name}.{os.getpid()}.earlier.partial")
-            path.rename(earlier)
-            partial.replace(path)
-            remove(earlier)
-        else:
-            partial.replace(path)
-    except OSError as error:
-        # HDF5 puts the system's words in the middle of its own.
-        inner = re.search(r"error message = '([^']+)'", str(error))
-        why = inner[1] if inner else error.strerror or str(error)
-        raise OutputError(f"{path}: cannot be written ({why}); free some space or choose another place") from error
-    finally:
-        remove(partial)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def require_writable(path: Path) -> None:
-    """Check, before the work, that a file or folder can be made at `path`.
-
-    Raises
-    ------
-    InputError
-        If it cannot.
-    """
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({folder}: {error.strerror}); choose another place") from error
 
 
 def is_prediction(path: Path) -> bool:
@@ -228,7 +168,7 @@ def _shapes(frame: AnnData) -> Any:
     import shapely
     from spatialdata.models import ShapesModel
 
-    from .neighbors import usual_distance
+    from ..encoding.neighbors import usual_distance
 
     x, y = np.asarray(frame.obsm["spatial"], float).T
     side = frame.uns["stpath"]["patch"].get("level0_pixels")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import GeneError, InstallError, PredictionError
-from .neighbors import usual_distance
-from .output import written_whole
-from .vocabulary import nearest_names
+from ..encoding.neighbors import usual_distance
+from ..errors import GeneError, InstallError, PredictionError
+from ..files import written_whole
+from ..names import shown
+from ..slides.vocabulary import nearest_names
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -85,7 +86,7 @@ def draw_maps(
     size = (columns * (scale * width + 0.8), rows * (scale * height + 0.4) + (0.4 if title else 0))
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(
-        textwrap.shorten(title, max(20, int(size[0] * 11)), placeholder=" …"), fontsize=11, parse_math=False
+        textwrap.shorten(shown(title), max(20, int(size[0] * 11)), placeholder=" …"), fontsize=11, parse_math=False
     )
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     points = max(diameter * scale * 72, SMALLEST_DOT)
@@ -97,7 +98,7 @@ def draw_maps(
             coords[:, 0], coords[:, 1], c=value, s=points**2, cmap="magma", vmin=bottom, vmax=top,
             linewidths=0, rasterized=True,
         )  # fmt: skip
-        axes.set_title(name, fontsize=11, style="italic", parse_math=False)
+        axes.set_title(shown(name), fontsize=11, style="italic", parse_math=False)
         axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal")  # y grows downwards
         axes.set_axis_off()
         bar = figure.colorbar(drawn, ax=axes, fraction=0.06, pad=0.02, shrink=0.8)

@@ -10,40 +10,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from . import encoder
-from .context import ContextRows
-from .output import CHUNK, Format, write_frame
-from .progress import OnTile
-from .slide import Slide
+from ..encoding.backend import Backend
+from ..encoding.decoder import ExpressionTile, decode
+from ..encoding.sizes import CHUNK, GENES_AT_ONCE
+from ..progress import OnTile
+from ..slides.context import ContextRows
+from ..slides.slide import Slide
+from .output import Format, write_frame
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-    from .engine import Engine
-
 EMBEDDING = "stpath_embedding"  # in obsm
 CONTEXT = "context"  # in obs
-Tile = tuple[slice, slice, npt.NDArray[np.float32]]  # spots, genes, values
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """A slide of N spots, encoded, and the G genes to decode."""
 
-    engine: Engine
+    backend: Backend
+    precision: str
     frame: AnnData  #: the result but for X
     embedding: npt.NDArray[np.floating]  #: [N, d]
     tokens: npt.NDArray[np.int64]  #: [G]; the last G of the frame's genes
     measured: ContextRows | None = None  #: what takes the place of predicted values
     earlier: Any = None  #: X of a file, whose genes come first
 
-    def tiles(self) -> Iterator[Tile]:
+    def tiles(self) -> Iterator[ExpressionTile]:
         """Expression, log1p of raw counts, tile by tile; no two overlap, and together they are X."""
         kept = self.frame.n_vars - len(self.tokens)
         if kept:
             yield from _copied(self.earlier)
-        precision = self.engine.precision
-        for spots, genes, values in encoder.decode(self.engine.backend, precision, self.embedding, self.tokens):
+        for spots, genes, values in decode(self.backend, self.precision, self.embedding, self.tokens):
             if self.measured is not None:
                 _fill(values, spots, self.tokens[genes], self.measured)
             yield spots, slice(genes.start + kept, genes.stop + kept), values
@@ -96,11 +95,11 @@ def new_frame(
     return AnnData(obs=obs, var=var, obsm={"spatial": np.array(slide.coords)}, uns={"stpath": facts})
 
 
-def _copied(x: Any) -> Iterator[Tile]:
+def _copied(x: Any) -> Iterator[ExpressionTile]:
     """The tiles of X of a file."""
     n_spots, n_genes = x.shape
-    for first in range(0, n_genes, encoder.GENES_AT_ONCE):
-        genes = slice(first, min(first + encoder.GENES_AT_ONCE, n_genes))
+    for first in range(0, n_genes, GENES_AT_ONCE):
+        genes = slice(first, min(first + GENES_AT_ONCE, n_genes))
         for start in range(0, n_spots, CHUNK[0]):
             spots = slice(start, min(start + CHUNK[0], n_spots))
             yield spots, genes, np.asarray(x[spots, genes], np.float32)

@@ -10,53 +10,62 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError, PredictionError
-from ..output import TABLE
-from .checks import reading
-from .opening import opened
-from .sources import Source
-from .spatial import is_spatialdata
-from .zarrs import ZarrSource
+from ..errors import PredictionError
+from ..readers.checks import reading
+from ..readers.elements import read_matrix
+from ..readers.opening import opened
+from ..readers.sources import Source
+from ..readers.spatial import is_spatialdata
+from ..readers.zarrs import ZarrSource
+from .output import TABLE
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 
 class Stored:
-    """X of an open file, [N, G], read slice by slice; a damaged piece of it raises InputError."""
+    """X of an open file, [N, G], read slice by slice; a damaged piece of it raises InputError.
+
+    Parameters
+    ----------
+    array
+        An array of the file, or a scipy sparse matrix, as others may have made of it.
+    """
 
     def __init__(self, path: Path, array: Any) -> None:
         self.path, self.array = path, array
         self.shape: tuple[int, ...] = tuple(array.shape)
 
-    def __getitem__(self, some: Any) -> npt.NDArray[Any]:
+    def __getitem__(self, part: Any) -> npt.NDArray[Any]:
         with reading(self.path, "'X'"):
-            return np.asarray(self.array[some])
+            piece: Any = self.array[part]
+            return np.asarray(piece.toarray() if hasattr(piece, "toarray") else piece)
 
 
 @contextmanager
 def open_prediction(path: str | Path) -> Iterator[tuple[AnnData, Stored]]:
     """Open a prediction, h5ad, zarr or SpatialData: the result but for X, and X [N, G] of its file, to be sliced.
 
+    What others have made of a prediction is read for what it has: `uns["stpath"]` is empty where joining predictions
+    dropped it, and X may be sparse.
+
     Raises
     ------
     InputError
-        If the file is missing, damaged or no prediction.
+        If the file is missing or damaged, or has no spots, genes, coordinates or X.
     """
     import pandas as pd
     from anndata import AnnData
 
     with opened(Path(path), "a prediction") as source:
-        at = _place(source)
-        facts = source.read(f"{at}uns/stpath")
-        obs, var = source.read(f"{at}obs"), source.read(f"{at}var")
-        obsm = {name: source.read(f"{at}obsm/{name}") for name in source.names(f"{at}obsm")}
-        x = source.lazy(f"{at}X")
-        tables = isinstance(obs, pd.DataFrame) and isinstance(var, pd.DataFrame) and len(obs) > 0
-        if not tables or not isinstance(facts, dict) or x is None or x.shape != (len(obs), len(var)):
-            raise _refused(source)
+        start = _start(source)
+        obs, var = source.read(f"{start}obs"), source.read(f"{start}var")
+        if not isinstance(obs, pd.DataFrame) or not isinstance(var, pd.DataFrame) or len(obs) == 0:
+            raise PredictionError(f"{source.path}: no prediction of stpath predict; obs or var is no table of rows")
+        obsm = {name: source.read(f"{start}obsm/{name}") for name in source.names(f"{start}obsm")}
+        x = _stored_x(source, start, (len(obs), len(var)))
         with reading(source.path):
-            frame = AnnData(obs=obs, var=var, obsm=obsm, uns={"stpath": facts})
+            frame = AnnData(obs=obs, var=var, obsm=obsm, uns={"stpath": _facts(source, start)})
         yield frame, Stored(source.path, x)
 
 
@@ -66,24 +75,44 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     Raises
     ------
     InputError
-        If the file is missing, damaged or no prediction.
+        If the file is missing, damaged or no prediction, or has lost its provenance.
     """
     with opened(Path(path), "a prediction") as source:
-        facts = source.read(f"{_place(source)}uns/stpath")
-        if not isinstance(facts, dict):
-            raise _refused(source)
+        facts = _facts(source, _start(source))
+        if not facts:
+            raise PredictionError(f"{source.path}: no prediction of stpath predict; it has no uns['stpath']")
         return facts
 
 
-def _place(source: Source) -> str:
-    """Where in its file the AnnData is, as the start of a key."""
-    at = f"tables/{TABLE}/" if isinstance(source, ZarrSource) and is_spatialdata(source) else ""
-    if "stpath" not in source.names(f"{at}uns") or "spatial" not in source.names(f"{at}obsm"):
-        raise _refused(source)
-    return at
+def _start(source: Source) -> str:
+    """How the keys of the AnnData start in its file."""
+    start = f"tables/{TABLE}/" if isinstance(source, ZarrSource) and is_spatialdata(source) else ""
+    lacking = [key for key in ("obs", "var") if not source.names(f"{start}{key}")]
+    lacking += ["obsm['spatial']"] if "spatial" not in source.names(f"{start}obsm") else []
+    if lacking:
+        raise PredictionError(f"{source.path}: no prediction of stpath predict; it has no {' and no '.join(lacking)}")
+    return start
 
 
-def _refused(source: Source) -> InputError:
-    return PredictionError(
-        f"{source.path}: no prediction of stpath predict (it has no uns['stpath'] or obsm['spatial'], or is damaged)"
-    )
+def _facts(source: Source, start: str) -> dict[str, Any]:
+    if "stpath" not in source.names(f"{start}uns"):
+        return {}
+    facts = source.read(f"{start}uns/stpath")
+    if not isinstance(facts, dict):
+        raise PredictionError(f"{source.path}: no prediction of stpath predict; its uns['stpath'] is no table of facts")
+    return facts
+
+
+def _stored_x(source: Source, start: str, shape: tuple[int, int]) -> Any:
+    """X, not read yet; a sparse one is read."""
+    key = f"{start}X"
+    x = source.lazy(key)
+    if x is None and source.names(key):
+        matrix: Any = read_matrix(source, key)
+        x = matrix.tocsc() if hasattr(matrix, "tocsc") else None
+    if x is None or tuple(x.shape) != shape:
+        held = "no X" if x is None else f"an X of the shape {list(x.shape)}"
+        raise PredictionError(
+            f"{source.path}: it has {held} for {shape[0]:,} spots and {shape[1]:,} genes; predict it again"
+        )
+    return x

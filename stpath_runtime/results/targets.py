@@ -9,12 +9,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import OutputError
-from .output import LARGE, Format, is_prediction, require_spatialdata, require_writable
+from ..errors import OutputError
+from ..files import require_writable
+from .output import LARGE, Format, is_prediction, require_spatialdata
 
 
-def choose_targets(slides: Sequence[Path], out: Path, form: Format | None) -> list[tuple[Path, Format | None]]:
+def choose_targets(slides: Sequence[Path], out: str | Path, form: Format | None) -> list[tuple[Path, Format | None]]:
     """The output of each slide, and its format; None: by its size, see `sized`.
+
+    Parameters
+    ----------
+    out
+        A .h5ad or .zarr, or a folder, which a name that ends in "/" always is.
 
     Raises
     ------
@@ -23,17 +29,19 @@ def choose_targets(slides: Sequence[Path], out: Path, form: Format | None) -> li
     """
     if form is Format.SPATIALDATA:
         require_spatialdata()
+    folder = str(out).endswith("/") or Path(out).is_dir()
+    out = Path(out)
     if re.match(r"\w+:/", str(out)):  # Path has made one slash of two
         raise OutputError(f"--out {out}: a URL; give a path, or run the slides with stpath run, which writes to URLs")
     if out.name in ("", ".h5ad", ".zarr"):
         raise OutputError(f"--out {str(out)!r}: no name; give a .h5ad or .zarr, or a folder")
-    if out.suffix == ".zarr" or (out.suffix == ".h5ad" and not out.is_dir()):
+    if out.suffix == ".zarr" or (out.suffix == ".h5ad" and not folder):
         if len(slides) > 1:
             raise OutputError(f"--out {out}: one file for {len(slides)} slides; give a folder")
         if form is not None and form.suffix != out.suffix:
             raise OutputError(f"--out {out}: --format {form} is written to a name that ends in {form.suffix}")
         return [(out, form or Format(out.suffix[1:]))]
-    if out.suffix and not out.is_dir():
+    if re.fullmatch(r"\.[^\W\d]\w*", out.suffix) and not folder:  # results_2026.11.26 is no file of the type 26
         raise OutputError(f"--out {out}: give a name that ends in .h5ad or .zarr, or a folder")
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}: a file stands there; give a folder")

@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from stpath_runtime import Engine, Slide
 from stpath_runtime.errors import GeneError, InputError, MemoryLimitError, SlideError
-from stpath_runtime.slide import text
+from stpath_runtime.slides.slide import text
 
 ALL_GENES = "all"
 LARGEST = 2**31 - 2**20  # bytes of expression: gRPC carries less than 2 GiB, as Triton says only after the work
@@ -47,7 +47,7 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            expression = self._predict(request)
+            expression, columns = self._predict(request)
         except InputError as error:
             return _refusal(str(error), pb_utils.TritonError.INVALID_ARG)
         except MemoryError as error:
@@ -57,17 +57,23 @@ class TritonPythonModel:
             pb_utils.Logger.log_error(traceback.format_exc())
             reason = f"{type(error).__name__}: {error}; a fault of stpath-engine: see the server's log and report it"
             return _refusal(reason, pb_utils.TritonError.INTERNAL)
-        return pb_utils.InferenceResponse([pb_utils.Tensor("expression", expression)])
+        names = np.array([name.encode() for name in columns], dtype=object)
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor("expression", expression), pb_utils.Tensor("columns", names)]
+        )
 
-    def _predict(self, request: Any) -> npt.NDArray[np.float32]:
-        """Expression [N, G] of a request: a column a name, in their order, also where one stands twice."""
+    def finalize(self) -> None:
+        """Free what the engine holds; Triton calls this as it unloads the model."""
+        self.engine.close()
+
+    def _predict(self, request: Any) -> tuple[npt.NDArray[np.float32], list[str]]:
+        """Expression [N, G] of a request, and the gene of each column: each once, in the order asked."""
         names = _texts(request, "genes")
         if not names:
             raise GeneError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
         genes = None if names == [ALL_GENES] else names
-        vocabulary, features = self.engine.vocabulary, _array(request, "features")
-        columns = len(vocabulary.tokens(genes)) if genes is not None else len(vocabulary)  # faults come before the work
-        _check_size(len(features), columns)
+        panel, features = self.engine.vocabulary.panel(genes), _array(request, "features")
+        _check_size(len(features), len(panel))  # faults come before the work
         slide = Slide(
             coords=_array(request, "coords"),  # [N, 2]
             features=features,  # [N, F]
@@ -75,7 +81,7 @@ class TritonPythonModel:
             technology=_one_text(request, "technology"),
             name="request",
         )
-        return self.engine.decode(self.engine.embed(slide), genes)
+        return self.engine.decode(self.engine.embed(slide), panel.gene_ids), panel.names
 
 
 def _check_size(spots: int, genes: int) -> None:

@@ -3,7 +3,7 @@
     stpath/                    runs slides of any size as `Engine` does, in Triton's Python backend
         config.pbtxt
         warmup/genes           the gene that the warm-up asks for
-        1/model.py             a copy of stpath_runtime/triton_model.py
+        1/model.py             a copy of stpath_runtime/serving/model.py
         1/engine/              the engine
     stpath_fused/              the graph of all stages, in Triton's ONNX Runtime backend (stpath_fused_knn for a model
         config.pbtxt           that was trained to attend by kNN)
@@ -15,7 +15,6 @@ Source of the format: https://github.com/triton-inference-server/common/blob/mai
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -23,11 +22,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .engine import Engine
-from .errors import DeviceError, OutputError
-from .manifest import MANIFEST, WEIGHTS
-from .neighbors import BLOCK
-from .output import require_writable
+from ..encoding.sizes import BLOCK
+from ..engine import Engine
+from ..errors import DeviceError, OutputError
+from ..files import link_or_copy, require_writable, written_whole
+from ..manifest import MANIFEST, WEIGHTS
 
 VERSION = "1"
 DATA_TYPES = {  # ONNX Runtime's names -> Triton's
@@ -70,24 +69,19 @@ def write_model_repository(engine: str | Path, out: str | Path, device: str = "c
         raise OutputError(f"{out}: exists already; remove it or choose another folder")
     require_writable(out)
     loaded = Engine.load(engine)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
+    fused = "fused_knn" if loaded.manifest.model.attention == "knn" else "fused"
+    with written_whole(out) as partial:
         _write_python_model(loaded, partial / "stpath", instances)
-        fused = "fused_knn" if loaded.manifest.model.attention == "knn" else "fused"
         for graph in (fused, "tokens"):
             _write_onnx_model(loaded.path / f"{graph}.onnx", partial / f"stpath_{graph}", instances)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return ["stpath", f"stpath_{fused}", "stpath_tokens"]
 
 
 def _write_python_model(engine: Engine, folder: Path, instances: str) -> None:
     version = folder / VERSION
     for name in (MANIFEST, *engine.manifest.files):
-        _link(engine.path / name, version / "engine" / name)
-    shutil.copyfile(Path(str(files("stpath_runtime") / "triton_model.py")), version / "model.py")
+        link_or_copy(engine.path / name, version / "engine" / name)
+    shutil.copyfile(Path(str(files("stpath_runtime.serving") / "model.py")), version / "model.py")
     gene = engine.vocabulary.ensembl_ids[0].encode()
     (folder / "warmup").mkdir()
     (folder / "warmup" / "genes").write_bytes(len(gene).to_bytes(4, "little") + gene)  # Triton's form of a string
@@ -99,6 +93,7 @@ def _write_python_model(engine: Engine, folder: Path, instances: str) -> None:
         _tensor("input", "organ", "TYPE_STRING", [1], " optional: true"),
         _tensor("input", "technology", "TYPE_STRING", [1], " optional: true"),
         _tensor("output", "expression", "TYPE_FP32", [-1, -1]),
+        _tensor("output", "columns", "TYPE_STRING", [-1]),
     ]
     _write_config(folder, 'backend: "python"', tensors, instances, _warmup(n_features))
 
@@ -111,8 +106,8 @@ def _write_onnx_model(graph: Path, folder: Path, instances: str) -> None:
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     ends = [("input", end) for end in session.get_inputs()] + [("output", end) for end in session.get_outputs()]
     tensors = [_tensor(kind, end.name, DATA_TYPES[end.type], _dims(end.shape)) for kind, end in ends]
-    _link(graph, folder / VERSION / "model.onnx")
-    _link(graph.with_name(WEIGHTS), folder / VERSION / WEIGHTS)  # the graph names it, beside itself
+    link_or_copy(graph, folder / VERSION / "model.onnx")
+    link_or_copy(graph.with_name(WEIGHTS), folder / VERSION / WEIGHTS)  # the graph names it, beside itself
     _write_config(folder, 'platform: "onnxruntime_onnx"', tensors, instances)
 
 
@@ -142,7 +137,7 @@ def _instance_group(device: str) -> str:
 
 
 def _warmup(n_features: int) -> str:
-    """A request of one block of zeros that Triton runs before the model is ready, so that no user's is the first."""
+    """A request of a block of random spots that Triton runs before the model is ready: no user's is the first."""
     return "\n".join(
         [
             "model_warmup {",
@@ -151,19 +146,11 @@ def _warmup(n_features: int) -> str:
             *(
                 f'  inputs {{ key: "{name}" value {{ data_type: {data_type} dims: {dims} {data} }} }}'
                 for name, data_type, dims, data in (
-                    ("features", "TYPE_FP32", [BLOCK, n_features], "zero_data: true"),
-                    ("coords", "TYPE_FP64", [BLOCK, 2], "zero_data: true"),
+                    ("features", "TYPE_FP32", [BLOCK, n_features], "random_data: true"),
+                    ("coords", "TYPE_FP64", [BLOCK, 2], "random_data: true"),
                     ("genes", "TYPE_STRING", [1], 'input_data_file: "genes"'),
                 )
             ),
             "}",
         ]
     )
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copyfile(source, target)

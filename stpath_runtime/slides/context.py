@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ContextError, InputWarning, OptionError
-from .names import listed_names
-from .slide import Slide, text
-from .vocabulary import GeneVocabulary
+from ..errors import ContextError, OptionError, warn
+from ..names import listed_names
+from .slide import Slide, first_repeated, text
+from .vocabulary import GeneVocabulary, nearest_names
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from scipy.sparse import csr_matrix
 
 
@@ -29,17 +29,61 @@ class Context:
     Parameters
     ----------
     ids
-        [C], the spots: their barcodes (strings) or their positions in the slide (integers from 0).
+        [C], the spots: their barcodes (text), or their positions in the slide (integers from 0), which no file has:
+            what a file names a spot by is text. Barcodes that the slide does not have are left out, with a warning.
     counts
         [C, P], raw counts, dense or scipy sparse; the model takes log1p of them.
     genes
         P names: symbols, aliases or Ensembl ids. Several names of one gene are resolved by the maximum, as in
         published training. Names that the engine does not know are left out, with a warning.
+
+    Examples
+    --------
+    >>> context = Context(ids=[0, 2], counts=[[3, 0], [1, 2]], genes=["GENE1", "GENE2"])
+    >>> adata = engine.predict(slide, genes=["GENE3"], context=context)
+    >>> int(adata.obs["context"].sum())
+    2
     """
 
     ids: Sequence[str] | Sequence[int] | npt.NDArray[np.generic]
     counts: Any  # numpy array or scipy sparse matrix
     genes: Sequence[str]
+
+    @classmethod
+    def from_anndata(cls, adata: AnnData, *, layer: str | None = None) -> Context:
+        """Context spots of an AnnData in memory: what `read_context` gives of it in a file.
+
+        Parameters
+        ----------
+        adata
+            Raw counts in X or a layer; obs_names are barcodes of the slide, var_names genes.
+        layer
+            Where the counts are; None means X.
+
+        Raises
+        ------
+        InputError
+            If there are no such counts.
+
+        Examples
+        --------
+        >>> from anndata import AnnData
+        >>> import pandas as pd
+        >>> genes = pd.DataFrame(index=["GATA3", "ERBB2"])
+        >>> counts = AnnData(np.array([[3, 0], [1, 2]]), obs=pd.DataFrame(index=["AAAC-1", "AAAG-1"]), var=genes)
+        >>> context = Context.from_anndata(counts)
+        >>> context.ids, context.genes
+        (['AAAC-1', 'AAAG-1'], ['GATA3', 'ERBB2'])
+        """
+        if layer is not None and layer not in adata.layers:
+            near = nearest_names(layer, adata.layers)
+            raise ContextError(f"adata: no layer {layer!r}{near}; its layers: {', '.join(adata.layers) or 'none'}")
+        counts = adata.layers[layer] if layer is not None else adata.X
+        if counts is None:
+            raise ContextError("adata: holds no X; expected raw counts there, or name a layer")
+        if adata.isbacked:
+            counts = counts[:]
+        return cls(list(map(str, adata.obs_names)), counts, list(map(str, adata.var_names)))
 
     def resolve(self, slide: Slide, vocabulary: GeneVocabulary) -> ContextRows:
         """Check the context against a slide and the genes of an engine.
@@ -47,7 +91,7 @@ class Context:
         Raises
         ------
         InputError
-            If shapes do not fit, a spot is not in the slide or stands twice, no gene is known, or a count is
+            If shapes do not fit, no spot is in the slide or one stands twice, no gene is known, or a count is
             negative, NaN or infinite.
         """
         name = f"context of {slide.name}"
@@ -60,20 +104,21 @@ class Context:
                 f"{name}: counts have the shape {list(counts.shape)}; expected [{len(ids)} spots, {len(genes)} genes]"
             )
         spots = _positions(ids, slide)
+        if (outside := spots < 0).any():
+            strangers = [ids[row] for row in np.flatnonzero(outside)]
+            warn(
+                f"{name}: {len(strangers):,} of its {len(ids):,} spots are not in the slide and are left out, the "
+                f"first is {strangers[0]!r}; {len(ids) - len(strangers):,} are used"
+            )
+            spots, counts = spots[~outside], counts[~outside]
         tokens, known, left_out = known_genes(counts, genes, vocabulary, name)
         if left_out:
-            warnings.warn(
-                f"{name}: {left_out:,} of {len(genes):,} genes are not known to the engine and are left out",
-                InputWarning,
-                stacklevel=3,
-            )
+            warn(f"{name}: {left_out:,} of {len(genes):,} genes are not known to the engine and are left out")
         if not is_whole(counts):
-            warnings.warn(
+            warn(
                 f"{name}: {(counts.data != np.rint(counts.data)).mean():.0%} of the counts are no whole numbers "
                 f"(highest {counts.data.max():g}), as if log-transformed or normalised; the model was trained on log1p "
-                "of raw counts, and takes log1p itself",
-                InputWarning,
-                stacklevel=3,
+                "of raw counts, and takes log1p itself"
             )
         return ContextRows(spots, tokens, known.log1p())
 
@@ -88,17 +133,16 @@ class ContextRows:
 
 
 def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
-    """Positions of context spots in the slide, [C]."""
+    """Positions of context spots in the slide, [C]; -1 for barcodes that it does not have, if it has others."""
     names: list[Any] = [text(i, f"context of {slide.name}") if isinstance(i, bytes | str) else i for i in ids]
     if all(isinstance(i, str) for i in names):
         where = {barcode: position for position, barcode in enumerate(slide.obs_names)}
-        missing = [name for name in names if name not in where]
-        if missing:
+        spots = [where.get(name, -1) for name in names]
+        if names and max(spots) < 0:
             raise ContextError(
-                f"context of {slide.name}: {len(missing):,} of {len(names):,} barcodes are not in the slide, "
-                f"the first is {missing[0]!r} (the slide's first is {slide.obs_names[0]!r})"
+                f"context of {slide.name}: none of its {len(names):,} barcodes is in the slide, the first is "
+                f"{names[0]!r} (the slide's first is {slide.obs_names[0]!r}); give the counts of this slide"
             )
-        spots = [where[name] for name in names]
     elif all(isinstance(i, int | np.integer) and not isinstance(i, bool) for i in names):
         outside = [int(i) for i in names if not 0 <= i < len(slide)]
         if outside:
@@ -106,8 +150,8 @@ def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
         spots = [int(i) for i in names]
     else:
         raise ContextError(f"context of {slide.name}: ids must be all barcodes or all integer positions")
-    if len(set(spots)) != len(spots):
-        twice = next(name for name, spot in zip(names, spots, strict=True) if spots.count(spot) > 1)
+    if len(set(names)) != len(names):
+        twice = first_repeated(names)
         raise ContextError(f"context of {slide.name}: spot {twice!r} stands twice; give each one row of counts")
     return np.array(spots, dtype=np.int64)
 
@@ -123,10 +167,7 @@ def as_csr(counts: Any, name: str) -> csr_matrix:
     from scipy.sparse import csr_matrix, issparse
 
     try:
-        if issparse(counts) and hasattr(counts, "check_format"):
-            counts.check_format(full_check=True)
-        elif not issparse(counts):
-            counts = np.asarray(counts)
+        counts = _own_sparse(counts) if issparse(counts) else np.asarray(counts)
         if counts.dtype.kind not in "iufb" or counts.ndim != 2:
             raise ValueError(f"type {counts.dtype}, shape {list(counts.shape)}")
         found = csr_matrix(counts, dtype=np.float32)
@@ -134,6 +175,18 @@ def as_csr(counts: Any, name: str) -> csr_matrix:
         raise ContextError(f"{name}: the counts are no matrix [spots, genes] of numbers ({error})") from error
     found.sum_duplicates()
     return found
+
+
+def _own_sparse(counts: Any) -> Any:
+    """A sparse matrix whose arrays are in this machine's byte order and nobody else's: scipy sorts them in place."""
+    if counts.format not in ("csr", "csc", "bsr"):
+        return counts.tocsr(copy=True)
+    parts = (
+        np.array(part, dtype=part.dtype.newbyteorder("=")) for part in (counts.data, counts.indices, counts.indptr)
+    )
+    copied = type(counts)(tuple(parts), shape=counts.shape)
+    copied.check_format(full_check=True)
+    return copied
 
 
 def is_whole(counts: csr_matrix) -> bool:
@@ -218,7 +271,7 @@ def choose_spots(context: Context, slide: Slide, which: str) -> Context:
         known = [barcode for barcode in wanted if barcode in row]
         if len(known) < len(wanted):
             lacking = f"{len(wanted) - len(known):,} of the {len(wanted):,} spots that {which} chooses have no counts"
-            warnings.warn(f"{name}: {lacking}", InputWarning, stacklevel=3)
+            warn(f"{name}: {lacking}")
     else:
         known = _mask(Path(which)) if which.endswith(".csv") else listed_names(which, "--context-spots", "barcode")
         if missing := [barcode for barcode in known if barcode not in row]:

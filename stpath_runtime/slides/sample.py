@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .output import written_whole
+from ..files import written_whole
 
 SAMPLE = "human_breast_visium_spots.csv.gz"
 PIXELS_PER_SPOT = 200  # 100 um between spots, at 0.5 um a pixel

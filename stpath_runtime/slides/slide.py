@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InputError, InputWarning, SlideError
-from .vocabulary import ORGANS, TECHNOLOGIES, organ_token, technology_token
+from ..errors import InputError, SlideError, warn
+from .vocabulary import ORGANS, TECHNOLOGIES, nearest_names, organ_token, technology_token
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 ROWS_AT_ONCE = 65_536  # checking for NaN makes a copy of this many rows at the most
 PUBLISHED_MICRONS = 112  # side of the patches that STPath was trained on: 224 pixels at 0.5 um a pixel
-FAR = 1.5  # times smaller or larger: a scale that the model has hardly seen
+MOST_TIMES = 1.5  # smaller or larger: beyond is a scale that the model has hardly seen
+FEW = 10  # spots: of fewer, anything may be meant
+LEAST_FILLED = 0.1  # of a sparse matrix of features: below, it is one of counts
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,15 @@ class Slide:
     Parameters
     ----------
     coords
-        [N, 2], x and y of each spot in pixels or any other unit; integers or floats. Never changed.
+        [N, 2], x and y of each spot in pixels or any other unit; integers or floats.
     features
-        [N, F], pathology features of each spot; float16, float32 or float64.
+        [N, F], pathology features of each spot; float16, float32 or float64. Of both the slide keeps copies that nobody
+        writes to; an array that is read-only and its own is kept as it is.
     barcodes
         N distinct names of the spots, as text or bytes, also [N, 1]; None means they are numbered from 0.
     organ, technology
-        Names as in `stpath_runtime.vocabulary`, whatever their case and punctuation; None means Others and unknown.
+        Names as in `ORGANS` and `TECHNOLOGIES` of `stpath_runtime.slides.vocabulary`, whatever their case and
+        punctuation; None means Others and unknown.
     name
         What messages and outputs call the slide.
     patch
@@ -56,6 +62,12 @@ class Slide:
     ------
     InputError
         If the shapes do not fit, a value is NaN or infinite, a barcode stands twice or a name is unknown.
+
+    Examples
+    --------
+    >>> slide = Slide([[0, 0], [200, 0]], np.ones((2, 1536)), ["AAAC-1", "AAAG-1"], organ="kidney", technology="Visium")
+    >>> slide
+    Slide('slide', 2 spots, 1,536 features, organ='Kidney', technology='Visium')
     """
 
     coords: npt.NDArray[np.generic]
@@ -67,7 +79,7 @@ class Slide:
     patch: Patch | None = None
 
     def __post_init__(self) -> None:
-        coords, features = np.asarray(self.coords), np.asarray(self.features)
+        coords, features = own(self.coords), own(self.features)
         _check_numbers(self.name, "coordinates", coords, "[N, 2]")
         _check_numbers(self.name, "features", features, "[N, F]")
         if coords.shape[1] != 2:
@@ -80,7 +92,7 @@ class Slide:
         if len(coords) == 0:
             raise SlideError(f"{self.name}: the slide has no spots")
         if features.dtype.kind != "f":
-            features = features.astype(np.float32)
+            features = own(features.astype(np.float32))
         _check_finite(self.name, "coordinates", coords)
         _check_finite(self.name, "features", features)
         barcodes = [str(i) for i in range(len(coords))]
@@ -89,23 +101,77 @@ class Slide:
         if len(barcodes) != len(coords):
             raise SlideError(f"{self.name}: {len(barcodes):,} barcodes for {len(coords):,} spots; give one a spot")
         if len(set(barcodes)) != len(barcodes):
-            raise SlideError(f"{self.name}: barcode {_first_repeated(barcodes)!r} stands twice; make them distinct")
+            raise SlideError(f"{self.name}: barcode {first_repeated(barcodes)!r} stands twice; make them distinct")
         try:
             organ = ORGANS[organ_token(self.organ)]
             technology = None if self.technology is None else TECHNOLOGIES[technology_token(self.technology)]
         except InputError as error:
             raise SlideError(f"{self.name}: {error}") from None
-        # The dataclass is frozen to its users; here it takes its checked form.
-        checked = {"coords": coords, "features": features, "barcodes": barcodes}
-        for field, value in {**checked, "organ": organ, "technology": technology}.items():
-            object.__setattr__(self, field, value)
-        if self.patch is not None and not 1 / FAR <= self.patch.microns / PUBLISHED_MICRONS <= FAR:
-            warnings.warn(
+        # Frozen to its users; here it takes its checked form.
+        vars(self).update(coords=coords, features=features, barcodes=barcodes, organ=organ, technology=technology)
+        self._warn_of_what_is_hardly_meant()
+
+    def _warn_of_what_is_hardly_meant(self) -> None:
+        if self.patch is not None and not 1 / MOST_TIMES <= self.patch.microns / PUBLISHED_MICRONS <= MOST_TIMES:
+            warn(
                 f"{self.name}: its patches are {self.patch.microns:.0f} um wide ({self.patch.pixels} pixels at "
-                f"{self.patch.magnification:g}x); STPath was trained on patches of {PUBLISHED_MICRONS} um",
-                InputWarning,
-                stacklevel=3,
+                f"{self.patch.magnification:g}x); STPath was trained on patches of {PUBLISHED_MICRONS} um"
             )
+        if len(self) >= FEW:
+            empty = len(self) - int(np.count_nonzero(self.features.any(axis=1)))
+            if 2 * empty >= len(self):
+                warn(
+                    f"{self.name}: the features of {empty:,} of its {len(self):,} spots are all zero, as where the "
+                    "program that wrote them was stopped; compute them again"
+                )
+            if (self.coords == self.coords[0]).all():
+                place = ", ".join(f"{value:g}" for value in self.coords[0])
+                warn(f"{self.name}: all {len(self):,} spots are at one place ({place}); check the coordinates")
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: AnnData,
+        *,
+        features_key: str | None = None,
+        organ: str | None = None,
+        technology: str | None = None,
+        name: str = "adata",
+    ) -> Slide:
+        """A slide of an AnnData in memory: what `read_slide` gives of it in a file.
+
+        Parameters
+        ----------
+        adata
+            Features in X or `obsm[features_key]`, coordinates in `obsm["spatial"]`; obs_names are the barcodes.
+        features_key
+            Where the features are; None means X.
+        organ, technology, name
+            As `Slide` takes them.
+
+        Raises
+        ------
+        InputError
+            If there are no coordinates or no such features, X holds counts, or `Slide` refuses them.
+
+        Examples
+        --------
+        >>> from anndata import AnnData
+        >>> counts = AnnData(np.ones((3, 2)), obsm={"spatial": np.eye(3, 2), "gigapath": np.ones((3, 8))})
+        >>> Slide.from_anndata(counts, features_key="gigapath", organ="Kidney")
+        Slide('adata', 3 spots, 8 features, organ='Kidney', technology=None)
+        """
+        held = ", ".join(f"{key} {list(np.shape(adata.obsm[key]))}" for key in adata.obsm) or "nothing"
+        if "spatial" not in adata.obsm:
+            raise SlideError(f"{name}: no coordinates; expected obsm['spatial'] [N, 2], found in obsm: {held}")
+        if features_key is not None and features_key not in adata.obsm:
+            near = nearest_names(features_key, adata.obsm)
+            raise SlideError(f"{name}: no obsm[{features_key!r}]{near}; obsm holds: {held}")
+        matrix = adata.obsm[features_key] if features_key is not None else adata.X
+        if matrix is None:
+            raise SlideError(f"{name}: no X; say which of obsm are the features (features_key), it holds: {held}")
+        features = dense_features(matrix, f"{name}: X", held)
+        return cls(np.asarray(adata.obsm["spatial"]), features, adata.obs_names, organ, technology, name)
 
     def __len__(self) -> int:
         return len(self.coords)
@@ -141,6 +207,43 @@ class Slide:
         return normalized
 
 
+def own(values: Any) -> npt.NDArray[Any]:
+    """An array in this machine's byte order that nobody writes to: a copy, unless it is one already.
+
+    Libraries hand out arrays that are big-endian, read-only, of a file or of somebody who changes them later.
+    """
+    array = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+    kept = array.base is None and not array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative
+    if not kept:
+        array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+        array.flags.writeable = False
+    return array
+
+
+def dense_features(matrix: Any, what: str, obsm: str) -> npt.NDArray[Any]:
+    """A matrix of features as an array, [N, F]; a sparse one only if it is as filled as features are.
+
+    Parameters
+    ----------
+    what, obsm
+        What messages call the matrix, and what is in obsm beside it.
+
+    Raises
+    ------
+    InputError
+        If it is sparse, and hardly filled.
+    """
+    if not hasattr(matrix, "nnz"):
+        return np.asarray(matrix[:] if hasattr(matrix, "file") else matrix)  # of an AnnData that is open on its file
+    filled = matrix.nnz / max(matrix.shape[0] * matrix.shape[1], 1)
+    if filled < LEAST_FILLED:
+        raise SlideError(
+            f"{what} is sparse and {filled:.1%} filled, as counts are and features are not; say which of obsm are the "
+            f"features (features_key), it holds: {obsm}"
+        )
+    return np.asarray(matrix.toarray())
+
+
 def random_slide(
     spots: int,
     n_features: int,
@@ -157,6 +260,7 @@ def random_slide(
     for start in range(0, spots, 8_192):  # in parts: what making it takes must not show in a peak of memory
         part = features[start : start + 8_192]
         part[:] = rng.standard_normal(part.shape, np.float32)
+    features.flags.writeable = False  # so that it is not copied
     return Slide(coords, features, organ=organ, technology=technology, name=f"random slide of {spots} spots")
 
 
@@ -205,6 +309,7 @@ def _check_finite(name: str, what: str, array: npt.NDArray[np.generic]) -> None:
         )
 
 
-def _first_repeated(names: Sequence[str]) -> str:
-    seen: set[str] = set()
+def first_repeated(names: Sequence[Any]) -> Any:
+    """The first of the names that stands a second time."""
+    seen: set[Any] = set()
     return next(n for n in names if n in seen or seen.add(n))  # type: ignore[func-returns-value]

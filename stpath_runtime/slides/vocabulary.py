@@ -10,6 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from .errors import GeneError, InputError, SlideError, VocabularyError
+from ..errors import GeneError, InputError, SlideError, VocabularyError, warn
 
 PAD_TOKEN, MASK_TOKEN, FIRST_GENE_TOKEN = 0, 1, 2
 PUBLISHED_GENES = "stpath_genes.tsv.gz"
@@ -40,6 +41,18 @@ _ORGANS_WITHOUT_TOKEN = (
     *("leiomyosarcoma", "endometrium", "brain+kidney", "cerebellum", "colorectal"),
 )
 _TECHNOLOGY_ALIASES = {"ST": "Spatial Transcriptomics", "10x Visium": "Visium", "10x Xenium": "Xenium"}
+
+
+@dataclass(frozen=True, eq=False)
+class GenePanel:
+    """Genes of a prediction, each once, in the order of its columns."""
+
+    names: list[str]  #: [G], as asked for; symbols where all are
+    tokens: npt.NDArray[np.int64]  #: [G]
+    gene_ids: list[str]  #: [G], Ensembl ids
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class GeneVocabulary:
@@ -203,6 +216,43 @@ class GeneVocabulary:
                 f"unknown {noun}: {shown}{more}; give symbols, aliases or Ensembl ids of the engine's genes"
             )
         return np.array(found, dtype=np.int64)
+
+    def panel(self, genes: Sequence[str] | None) -> GenePanel:
+        """The genes that are asked for, each once, in the order asked; None means all.
+
+        A gene that is asked for twice, by whichever of its names, is given once, by the first, with a warning.
+
+        Raises
+        ------
+        InputError
+            If a gene is unknown, or none is asked for.
+
+        Examples
+        --------
+        >>> panel = GeneVocabulary.published().panel(["GATA3", "ENSG00000141736"])
+        >>> panel.gene_ids
+        ['ENSG00000107485', 'ENSG00000141736']
+        """
+        if genes is None:
+            tokens = self.all_tokens()
+            return GenePanel(self.names(tokens), tokens, list(self.ensembl_ids))
+        if isinstance(genes, str):
+            raise GeneError(f"genes must be a list of names, not the text {genes!r}; give [{genes!r}]")
+        asked = [str(gene) for gene in genes]
+        if not asked:
+            raise GeneError("no gene is asked for; name some, or give None for all")
+        name_of: dict[int, str] = {}
+        repeated = []
+        for name, token in zip(asked, self.tokens(asked).tolist(), strict=True):
+            if token in name_of:
+                repeated.append(name)
+            else:
+                name_of[token] = name
+        if repeated:
+            shown = ", ".join(dict.fromkeys(repeated[:5]))
+            warn(f"some genes are asked for more than once; each is given once ({shown})")
+        tokens = np.array(list(name_of), np.int64)
+        return GenePanel(list(name_of.values()), tokens, self.gene_ids(tokens))
 
     def names(self, tokens: Iterable[int]) -> list[str]:
         """The symbol of each token, or its Ensembl id where it has none."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from stpath_runtime.errors import EvaluationError
 from stpath_runtime.progress import OnTile
-from stpath_runtime.vocabulary import nearest_names
+from stpath_runtime.slides.vocabulary import nearest_names
 from stpath_train.store import Store
 
 from . import metrics, plots

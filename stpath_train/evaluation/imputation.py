@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.context import masked_spots
 from stpath_runtime.progress import OnTile
+from stpath_runtime.slides.context import masked_spots
 from stpath_train.store import Store
 
 from . import metrics, plots

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.neighbors import usual_distance
+from stpath_runtime.encoding.neighbors import usual_distance
 
 from .results import Row
 
@@ -262,14 +262,14 @@ def _fold_strip(axes: Axes, rows: Sequence[Row], figures: Sequence[Row]) -> None
 
 
 def _figure(
-    title: str, size: tuple[float, float], columns: int, rows: int = 1, **how: Any
+    title: str, size: tuple[float, float], columns: int, rows: int = 1, **options: Any
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure with its title, and its panels without frames."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title, fontsize=12, parse_math=False)
-    axes = figure.subplots(rows, columns, squeeze=False, **how).ravel()
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25)

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.context import Context
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import FeaturesError, OptionError, VocabularyError
-from stpath_runtime.manifest import MANIFEST, ModelConfig, sha256
-from stpath_runtime.slide import Slide
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.files import sha256
+from stpath_runtime.manifest import MANIFEST, ModelConfig
+from stpath_runtime.slides.context import Context
+from stpath_runtime.slides.slide import Slide
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.store import Store
 
 Floats = npt.NDArray[np.float32]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stpath_runtime.errors import OutputError
-from stpath_runtime.output import require_writable, written_whole
+from stpath_runtime.files import require_writable, written_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def write_evaluation(found: Evaluation, out: Path, about: Row, simulated: bool) 
         with written_whole(out / name) as partial:
             picture.savefig(partial, dpi=DOTS_PER_INCH, format="png", facecolor="white")
     with written_whole(out / TABLE) as partial:
-        pd.DataFrame(found.rows).to_csv(partial, index=False)
+        pd.DataFrame(found.rows).to_csv(partial, index=False, errors="surrogateescape")
     note = {"note": SIMULATED} if simulated else {}
     report = {
         "task": found.task, **note, "protocols": found.protocols, "figures": found.figures, **about,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from stpath_runtime.errors import EvaluationError, OptionError
 from stpath_runtime.names import listed_names
@@ -68,7 +68,7 @@ def run(
     InputError
         If what is named does not fit the task, the store or the model.
     """
-    from stpath_runtime.manifest import sha256
+    from stpath_runtime.files import sha256
     from stpath_train.store import GENES, Store
 
     from .predictor import open_predictor
@@ -208,30 +208,31 @@ def _evaluate(
     seed: int,
     on_slide: OnTile | None,
 ) -> Evaluation:
-    how: dict[str, Any] = {"seed": seed, "on_slide": on_slide}
     if name is TaskName.EXPRESSION:
         from .expression import evaluate_expression
 
         assert benchmark is not None
-        return evaluate_expression(predictor, store, benchmark, choices.baselines, **how)
+        return evaluate_expression(predictor, store, benchmark, choices.baselines, seed=seed, on_slide=on_slide)
     if name is TaskName.IMPUTATION:
         from .imputation import evaluate_imputation
 
         assert benchmark is not None
-        return evaluate_imputation(predictor, store, benchmark.genes, slides, **how)
+        return evaluate_imputation(predictor, store, benchmark.genes, slides, seed=seed, on_slide=on_slide)
     if name is TaskName.CLUSTERING:
         from .clustering import evaluate_clustering
 
-        return evaluate_clustering(predictor, store, genes, slides, choices.regions or "", **how)
+        return evaluate_clustering(predictor, store, genes, slides, choices.regions or "", seed=seed, on_slide=on_slide)
     if name is TaskName.BIOMARKERS:
         from .biomarkers import evaluate_biomarkers
 
         positive = [value.strip() for value in (choices.positive or "").split(",")]
         region = (choices.regions, positive) if choices.regions is not None else None
-        return evaluate_biomarkers(predictor, store, genes or [], slides, region, **how)
+        return evaluate_biomarkers(predictor, store, genes or [], slides, region, seed=seed, on_slide=on_slide)
     from .classification import evaluate_classification
 
-    return evaluate_classification(predictor, store, genes, slides, choices.folds or FOLDS, **how)
+    return evaluate_classification(
+        predictor, store, genes, slides, choices.folds or FOLDS, seed=seed, on_slide=on_slide
+    )
 
 
 def _option(name: str) -> str:

@@ -12,8 +12,8 @@ import pytest
 
 import published
 import variants
-from stpath_runtime.bench.results import Results, Row
 from stpath_runtime.errors import CheckpointError
+from stpath_runtime.measures.bench.results import Results, Row
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,9 +18,9 @@ from scipy.sparse import csr_matrix
 from helpers import write_slide
 from stpath_export.exporter import export_engine
 from stpath_runtime.manifest import ModelConfig
-from stpath_runtime.sample import load_sample
-from stpath_runtime.slide import Slide
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
+from stpath_runtime.slides.sample import load_sample
+from stpath_runtime.slides.slide import Slide
+from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.cohort import MARKERS
 from stpath_train.prepare import prepare

@@ -16,7 +16,7 @@ import yaml
 from markdown_it import MarkdownIt
 from typer.main import get_command
 
-from stpath_runtime import cli
+from stpath_runtime.cli import app as cli
 from stpath_train.config import read_config
 
 ROOT = Path(__file__).parents[2]

@@ -23,7 +23,7 @@ from pages import (
     write_file,
 )
 
-from stpath_runtime.doctor import cpu_features
+from stpath_runtime.machine import cpu_features
 
 pytestmark = pytest.mark.docs
 

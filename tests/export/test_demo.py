@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from stpath_export import demo
-from stpath_runtime.cli import main
-from stpath_runtime.sample import CELL_TYPES, load_sample
+from stpath_runtime.cli.app import main
+from stpath_runtime.slides.sample import CELL_TYPES, load_sample
 from stpath_train import demo_checkpoint
 
 

@@ -15,7 +15,7 @@ from stpath_export import exporter, proof
 from stpath_export.exporter import export_engine
 from stpath_export.stages import graphs
 from stpath_runtime import Engine, InputError, ParityError
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_runtime.manifest import Manifest
 from stpath_train.inputs import slide_inputs
 

@@ -10,7 +10,7 @@ from helpers import require_bf16
 from stpath_export import proof
 from stpath_runtime import ParityError
 from stpath_runtime.backends.openvino import OpenVinoBackend
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_train.checkpoint import load_checkpoint
 
 

@@ -11,7 +11,7 @@ from helpers import made_up_vocabulary, relative_l2, write_symbol_table
 from stpath_runtime import Engine, InputError
 from stpath_runtime.compat import STPathInference
 from stpath_runtime.errors import InputWarning
-from stpath_runtime.manifest import sha256
+from stpath_runtime.files import sha256
 
 
 @pytest.fixture(scope="module")

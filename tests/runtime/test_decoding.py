@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import anndata
 import numpy as np
 import pytest
 import spatialdata
+from scipy.sparse import csr_matrix
 
 from helpers import write_slide
 from stpath_runtime import Context, Engine
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_runtime.decoding import add_genes
 from stpath_runtime.errors import InputWarning
-from stpath_runtime.output import Format
+from stpath_runtime.results.output import Format
 
 READ = {
     "p.h5ad": anndata.read_h5ad,
@@ -75,9 +77,48 @@ def test_genes_are_added_to_what_is_there(name, predicted, engine, slide, tiny_e
     assert READ[name](path).shape == (61, 200)
 
 
+@pytest.mark.parametrize("form", ["h5ad", "zarr"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_predictions_that_were_joined_and_made_sparse(form, sparse, predicted, engine, slide, tiny_engine, tmp_path):
+    """anndata.concat drops what var holds."""
+    parts = anndata.read_h5ad(predicted("p.h5ad", "--embeddings"))
+    joined = anndata.concat([parts[40:], parts[:40]], uns_merge="same")
+    assert "gene_ids" not in joined.var
+    joined.X = csr_matrix(joined.X) if sparse else joined.X.astype(np.float64)
+    edited, out = tmp_path / f"edited.{form}", tmp_path / "more.h5ad"
+    getattr(joined, f"write_{form}")(edited)
+    words = ["decode", edited, "--engine", tiny_engine, "--genes", "GENE1,GENE5", "--out", out]
+    assert main([*map(str, words)]) == 0
+    found = anndata.read_h5ad(out)
+    assert list(found.var_names) == ["GENE3", "GENE5", "GENE9", "GENE1"]
+    organ = dataclasses.replace(slide, organ="Brain", technology=None)
+    expected = engine.predict(organ, genes=list(found.var_names))[joined.obs_names]
+    np.testing.assert_allclose(found.X, expected.X, rtol=1e-5, atol=1e-5)
+    assert list(found.var["gene_ids"]) == list(expected.var["gene_ids"])
+    assert main(["plot", str(edited), "GENE5", "--out", str(tmp_path / "map.png")]) == 0
+
+
+def test_what_a_joined_prediction_lacks_is_said(predicted, tiny_engine, tmp_path, capsys):
+    parts = anndata.read_h5ad(predicted("p.h5ad", "--embeddings"))
+    joined = anndata.concat([parts[:20], parts[20:]])
+    joined.write_h5ad(tmp_path / "no_uns.h5ad")
+    words = ["--engine", tiny_engine, "--genes", "GENE1", "--out", tmp_path / "more.h5ad"]
+    assert "does not say which engine made it" in refused(capsys, "decode", tmp_path / "no_uns.h5ad", *words)
+    assert main(["plot", str(tmp_path / "no_uns.h5ad"), "GENE5", "--out", str(tmp_path / "map.png")]) == 0
+    joined.uns["stpath"] = parts.uns["stpath"]
+    joined.var_names = ["GENE3", "mine", "GENE9"]
+    joined.write_h5ad(tmp_path / "renamed.h5ad")
+    assert "1 of its names are not known to the engine, the first is 'mine'" in refused(
+        capsys, "decode", tmp_path / "renamed.h5ad", *words
+    )
+    del joined.X
+    joined.write_h5ad(tmp_path / "no_x.h5ad")
+    assert "it has no X for 61 spots and 3 genes" in refused(capsys, "decode", tmp_path / "no_x.h5ad", *words)
+
+
 def test_into_another_file_and_what_was_measured_stays(engine, slide, tiny_engine, tmp_path):
     context = Context([slide.barcodes[4]], [[7]], ["GENE5"])
-    (prediction,) = engine.encode([slide], [context], genes=["GENE5"], embeddings=True, fill_context=True)
+    (prediction,) = engine.predict_many([slide], [context], genes=["GENE5"], embeddings=True, fill_context=True)
     prediction.write(tmp_path / "p.h5ad")
     words = [
         "decode",

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
+from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
 from helpers import relative_l2
-from stpath_runtime import Context, Engine, InputError, Slide, encoder
-from stpath_runtime.encoder import Spots
+from stpath_runtime import Context, Engine, InputError, Slide, read_slide
+from stpath_runtime.encoding import decoder, encoder, tiles
+from stpath_runtime.encoding.attention import Attention
+from stpath_runtime.encoding.keys import Spots, keys_of
 from stpath_runtime.errors import InputWarning
 from stpath_train.inputs import slide_inputs
 from stpath_train.literal import literal_forward
@@ -78,20 +82,20 @@ def test_engine_equals_the_literal_formula(tiny, tiny_engine, spots, context, or
 def test_result_does_not_depend_on_the_tile(engine, tiny, tile):
     _, slide, context = tiny.slides()[0]
     spots = Spots.of([slide], [context.resolve(slide, engine.vocabulary)])
-    keys = engine.keys([slide], spots, "global", 0)
+    keys = keys_of([slide], spots, engine.manifest.model, engine.precision, Attention("global"))
     tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", spots, keys, tile=tile)
     assert relative_l2(tiled, engine.embed(slide, context=context)) <= 1e-6
 
 
 def test_progress_counts_up_to_the_whole(engine, slide, monkeypatch):
-    monkeypatch.setattr(engine.backend, "enough_rows", 16)
+    monkeypatch.setattr(engine.backend, "most_rows", 16)
     seen = []
     engine.embed(slide, on_tile=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert len(seen) > 4
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
-    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 30)
+    monkeypatch.setattr(decoder, "GENES_AT_ONCE", 30)
     engine.decode(np.zeros((100, 64), np.float32), on_tile=lambda done, total: seen.append((done, total)))
     assert len(seen) == 7
     assert seen[-1] == (100 * 200, 100 * 200)
@@ -101,8 +105,8 @@ def test_head_decodes_the_genes_asked_for_in_tiles(engine, slide, monkeypatch):
     embedding = engine.embed(slide)
     everything = engine.decode(embedding)
     assert everything.shape == (len(slide), 200)
-    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 7)
-    monkeypatch.setattr(encoder, "ENOUGH_BYTES", 200)
+    monkeypatch.setattr(decoder, "GENES_AT_ONCE", 7)
+    monkeypatch.setattr(tiles, "MOST_BYTES", 200)
     names = ["GENE5", "ALIAS3", "ENSG00000000199.2", "GENE0"] + [f"GENE{i}" for i in range(10, 30)]
     panel = engine.decode(embedding, names)
     columns = [5, 3, 199, 0, *range(10, 30)]
@@ -170,9 +174,42 @@ def test_context_without_spots_is_no_context(engine, slide):
     np.testing.assert_array_equal(engine.embed(slide, context=nothing), engine.embed(slide))
 
 
-def test_a_gene_asked_for_twice_is_given_once(engine, slide):
+def test_a_gene_asked_for_twice_by_whichever_name_is_given_once(engine, slide):
+    twice = ["ALIAS3", "GENE2", "ALIAS3", "GENE3"]
+    with pytest.warns(InputWarning, match=r"more than once; each is given once \(ALIAS3, GENE3\)"):
+        adata = engine.predict(slide, genes=twice)
+    assert list(adata.var_names) == ["ALIAS3", "GENE2"]
     with pytest.warns(InputWarning, match="more than once"):
-        assert list(engine.predict(slide, genes=["GENE1", "GENE2", "GENE1"]).var_names) == ["GENE1", "GENE2"]
+        np.testing.assert_array_equal(engine.decode(engine.embed(slide), twice), adata.X)
+
+
+def test_memory_may_be_text(engine, slide):
+    np.testing.assert_array_equal(engine.embed(slide, memory="1.5G"), engine.embed(slide))
+    for wrong in ("much", 0, -1, "0G", True):
+        with pytest.raises(InputError, match="is no size; give a number with K, M, G or T, such as 6G"):
+            engine.embed(slide, memory=wrong)
+
+
+def test_an_engine_is_closed_after_its_block_even_when_that_fails(tiny_engine, slide):
+    with suppress(ZeroDivisionError), Engine.load(tiny_engine) as engine:
+        assert len(engine.embed(slide)) == len(slide) / 0
+    engine.close()  # a second time does nothing
+    with pytest.raises(InputError, match="closed"):
+        engine.embed(slide)
+
+
+def test_the_hash_is_that_of_the_engine_that_was_loaded(engine_copy, slide):
+    engine = Engine.load(engine_copy)
+    before = engine.hash()
+    (engine_copy / "engine.json").write_bytes((engine_copy / "engine.json").read_bytes() + b" ")
+    assert engine.predict(slide, genes=["GENE1"]).uns["stpath"]["engine"] == engine.hash() == before
+    assert Engine.load(engine_copy).hash() != before
+
+
+def test_warnings_point_at_the_callers_line(engine, slide):
+    with pytest.warns(InputWarning) as caught:
+        engine.predict(slide, genes=["GENE1", "GENE1"])
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_bad_calls_are_refused(engine, slide):
@@ -184,6 +221,14 @@ def test_bad_calls_are_refused(engine, slide):
         engine.predict(Slide(np.ones((2, 2)), np.ones((2, 3), np.float32)))
     with pytest.raises(InputError, match=r"float64 of shape \[2, 3\]; this engine's is float \[N, 64\]"):
         engine.decode(np.ones((2, 3)))
+
+
+def test_features_of_the_right_width_elsewhere_in_the_file_are_named(engine, tmp_path):
+    adata = AnnData(np.ones((4, 500), np.float32), obsm={"spatial": np.eye(4, 2), "mine": np.ones((4, 96), "f4")})
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    with pytest.raises(InputError, match="500 wide; the engine expects 96 .*'mine' in the file is so wide"):
+        engine.predict(read_slide(tmp_path / "counts.h5ad"))
+    assert engine.predict(read_slide(tmp_path / "counts.h5ad", features_key="mine"), genes=["GENE1"]).n_obs == 4
 
 
 def test_features_beyond_the_model_are_refused_and_not_predicted_as_nan(engine):

@@ -50,6 +50,19 @@ def test_half_precision_checkpoints_load_as_float32(tiny, tmp_path):
     assert {p.dtype for p in load_checkpoint(tmp_path / "m.pth").parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_wrappers_are_taken_off(prefix, tiny, tmp_path):
+    weights = {f"{prefix}{key}": value for key, value in tiny.model.state_dict().items()}
+    torch.save(weights, tmp_path / "m.pth")
+    for key, value in load_checkpoint(tmp_path / "m.pth").state_dict().items():
+        assert torch.equal(value, tiny.model.state_dict()[key])
+    first = next(iter(weights))
+    torch.save({first.removeprefix(prefix) if key == first else key: value for key, value in weights.items()},
+               tmp_path / "half.pth")  # fmt: skip
+    with pytest.raises(InputError, match="not a checkpoint of STPath"):
+        load_checkpoint(tmp_path / "half.pth")
+
+
 def test_nothing_is_unpickled_freely(tmp_path):
     torch.save({"weights": Payload()}, tmp_path / "m.pth")
     (tmp_path / "raw.pkl").write_bytes(pickle.dumps(Payload()))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stpath_runtime.sample import CELL_TYPES
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.slides.sample import CELL_TYPES
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.cohort import MARKERS, N_FEATURES, N_GENES, World, demo_vocabulary, simulate_slide, simulate_tissue
 
 

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_runtime.errors import InputError
 from stpath_train.download import download, hub_errors
 
@@ -130,3 +130,28 @@ def test_the_command_takes_several_patterns(tmp_path, hub, capsys):
     assert main(["data", "download", "hest", *arguments]) == 0
     assert fetched(tmp_path) == {"wsis/TENX99.tif", "README.md"}
     assert capsys.readouterr().out == f"{tmp_path}: downloaded\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        (
+            "ALL_PROXY",
+            "socks://127.0.0.1:9/",
+            ValueError("Unknown scheme for proxy URL"),
+            "the proxy of ALL_PROXY=socks:",
+        ),
+        ("https_proxy", "socks5://127.0.0.1:9/", ImportError("Using SOCKS proxy, but"), r"httpx\[socks\]"),
+        ("SSL_CERT_FILE", "/nowhere/cacert.pem", FileNotFoundError(2, "No such file"), "SSL_CERT_FILE names /nowhere"),
+        ("REQUESTS_CA_BUNDLE", "/nowhere/ca.pem", OSError("Could not find a suitable TLS"), "REQUESTS_CA_BUNDLE names"),
+    ],
+)
+def test_settings_of_the_surroundings_are_named(name, value, error, words, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words), hub_errors("a/b", "https://page"):
+        raise error
+
+
+def test_an_error_that_is_ours_stays_one():
+    with pytest.raises(ValueError, match="ours"), hub_errors("a/b", "https://page"):
+        raise ValueError("ours")

@@ -18,7 +18,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_runtime.errors import InputError, InputWarning
 from stpath_runtime.readers import read_slide
 from stpath_train.features import ENCODERS, IMAGENET, check_patches, extract, find_targets, load_encoder

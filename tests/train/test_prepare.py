@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -15,16 +14,17 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
 from helpers import made_up_vocabulary, write_slide
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_runtime.errors import InputError, InputWarning
-from stpath_runtime.slide import Slide
-from stpath_train.prepare import Options, prepare, prepare_slide
-from stpath_train.sources import Layout, Source, read_counts
+from stpath_runtime.slides.slide import Slide
+from stpath_train.prepare import LOCK, Options, prepare, prepare_slide
+from stpath_train.sources import Layout, Source, read_counts, read_spots
 from stpath_train.store import Store, highly_variable
 
 GENES = 30
@@ -220,6 +220,18 @@ def test_annotations_are_kept_and_what_cannot_be_written_is_not(tmp_path):
     adata.write_h5ad(tmp_path / "again.h5ad")
 
 
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+def test_counts_in_csv_of_any_separator_with_spots_of_any_name(separator, tmp_path):
+    lines = ["spot,A,B,A", "NA,1,0,2", "nan,0,3,0", "None,4,0,0", "1,0,0,5"]
+    (tmp_path / "c.csv").write_text("\n".join(lines).replace(",", separator))
+    adata = read_counts(tmp_path / "c.csv")
+    assert list(adata.obs_names) == ["NA", "nan", "None", "1"]
+    assert list(adata.var_names) == ["A", "B", "A"]
+    np.testing.assert_array_equal(adata.X.toarray(), [[1, 0, 2], [0, 3, 0], [4, 0, 0], [0, 0, 5]])
+    (tmp_path / "o.csv").write_text("\n".join(["spot,region", "NA,x", "1,y"]).replace(",", separator))
+    assert list(read_spots(tmp_path / "o.csv", ["1", "NA"])["region"]) == ["y", "x"]
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.permutations(range(9)).flatmap(lambda order: st.integers(1, 9).map(lambda n: order[:n])),
@@ -363,10 +375,10 @@ import os, signal
 from stpath_train.prepare import prepare
 from stpath_train.store import Store
 index = Store.index
-def until(self, record):  # the file of the second slide is written, and the index does not name it
+def until(self, record, at_once=True):  # the file of the second slide is written, and the index does not name it
     if self.records:
         os.kill(os.getpid(), signal.SIGKILL)
-    index(self, record)
+    index(self, record, at_once)
 Store.index = until
 prepare({str(tmp_path / "hest")!r}, "hest", {str(tmp_path / "store")!r},
         features={str(tmp_path / "hest" / "features")!r}, genes={str(genes)!r}, hvg=4)
@@ -437,10 +449,8 @@ def test_organs_that_become_others_are_told_of(tmp_path, run):
 def test_one_run_at_a_time(tmp_path, run):
     write_hest(tmp_path / "hest")
     run()
-    with (tmp_path / "store" / "genes.tsv.gz").open("r+b") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another stpath data prepare"):
-            run()
+    with FileLock(tmp_path / "store" / LOCK), pytest.raises(InputError, match="another stpath data prepare"):
+        run()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 
 from helpers import a_store, an_adata, made_up_vocabulary, relative_l2, without_coverage
 from stpath_runtime.errors import InputError, StoreError
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
 from stpath_train.config import Data, Masking, TrainConfig
 from stpath_train.literal import literal_forward
@@ -216,7 +216,7 @@ def test_tensorboard_is_an_option(configured, tmp_path):
 
 
 def test_the_command_prints_and_keeps_every_choice(configured, tmp_path, capsys):
-    from stpath_runtime.cli import main
+    from stpath_runtime.cli.app import main
 
     assert main(["train", str(configured(run="epochs: 1"))]) == 0
     printed = capsys.readouterr().out
@@ -229,7 +229,7 @@ def test_the_command_prints_and_keeps_every_choice(configured, tmp_path, capsys)
 
 
 def test_a_fault_of_a_loading_process_is_one_line_and_the_run_goes_on(configured, tmp_path, monkeypatch, capfd):
-    from stpath_runtime.cli import main
+    from stpath_runtime.cli.app import main
     from stpath_train import windows
 
     path = configured(run="epochs: 2")

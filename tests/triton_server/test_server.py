@@ -12,8 +12,9 @@ from servers import running, start, stop
 
 from helpers import copy_with_knn, texts
 from stpath_runtime import Engine, Slide
-from stpath_runtime.manifest import Manifest, sha256
-from stpath_runtime.triton import write_model_repository
+from stpath_runtime.files import sha256
+from stpath_runtime.manifest import Manifest
+from stpath_runtime.serving.repository import write_model_repository
 
 http = pytest.importorskip("tritonclient.http", reason="no Triton server is installed; make test-triton installs one")
 grpc = pytest.importorskip("tritonclient.grpc")

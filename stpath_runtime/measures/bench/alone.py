@@ -10,10 +10,9 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
-from ..errors import BackendError, InputWarning, MemoryLimitError
-from ..memory import memory_of_process
+from ...errors import BackendError, InputWarning, MemoryLimitError
+from ...machine import memory_of_process
 
 
 @dataclass(frozen=True)
@@ -64,17 +63,16 @@ def run_alone(task: Task) -> Found:
 
 
 def _run(task: Task) -> Found:
-    from ..engine import Engine
-    from ..slide import random_slide
+    from ...engine import Engine
+    from ...slides.slide import random_slide
 
     start = perf_counter()
     engine = Engine.load(Path(task.engine), backend=task.backend, device=task.device, precision=task.precision)
     load = perf_counter() - start
     slide = random_slide(task.spots, engine.manifest.model.n_features, 0, dtype=task.dtype)
     names = engine.vocabulary.ensembl_ids[: task.genes]
-    how: dict[str, Any] = {"attention": task.attention, "neighbors": task.neighbors, "memory": task.memory}
     start = perf_counter()
-    embedding = engine.embed(slide, **how)
+    embedding = engine.embed(slide, attention=task.attention, neighbors=task.neighbors, memory=task.memory)
     encoded = perf_counter()
     engine.decode(embedding, names)
     decoded = perf_counter()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InputWarning, OptionError
+from ...errors import OptionError, warn
 from .results import Results, Row
 from .tables import three_digits
 
@@ -123,4 +122,4 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, InputWarning, stacklevel=3)
+    warn(text)

@@ -8,9 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..backends import installed
-from ..doctor import cpu_features, nvidia_gpus
-from ..memory import memory_of_host
+from ...machine import cpu_features, installed, memory_of_host, nvidia_gpus
 
 LIBRARIES = (
     *("stpath-engine", "numpy", "scipy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt"),

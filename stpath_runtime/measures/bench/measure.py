@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..doctor import WAYS, Way, fault_of, nvidia_gpus
-from ..engine import Engine
-from ..errors import BackendError, InputError, InputWarning, OptionError
-from ..manifest import Manifest
-from ..progress import OnTile
-from ..slide import random_slide
+from ...engine import Engine
+from ...errors import BackendError, InputError, InputWarning, OptionError
+from ...machine import nvidia_gpus
+from ...manifest import Manifest
+from ...progress import OnTile
+from ...slides.slide import random_slide
+from ..doctor import WAYS, Way, fault_of
 from . import roofline
 from .alone import Found, Task, run_alone
 from .results import Results, Row
@@ -128,12 +129,12 @@ def _encode(
     """Warm calls of the encoder; and the embedding by each way that can run it."""
     model = next(iter(engines.values())).manifest.model
     slide = random_slide(size.spots, model.n_features, 0)
-    how: dict[str, Any] = {"attention": size.attention, "neighbors": size.neighbors or None}
+    embed = partial(Engine.embed, slide=slide, attention=size.attention, neighbors=size.neighbors or None)
     calls: dict[Row, Callable[[], Floats]] = {}
     embeddings: dict[Way, Floats] = {}
     failed = []
     for way, engine in engines.items():
-        row, call = _row("encode", way, replace(size, genes=0)), partial(engine.embed, slide, **how)
+        row, call = _row("encode", way, replace(size, genes=0)), partial(embed, engine)
         try:
             embeddings[way] = call()
             calls[row] = call

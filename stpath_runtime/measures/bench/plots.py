@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..output import written_whole
+from ...files import written_whole
 from .results import Results, Row
 
 if TYPE_CHECKING:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import FileError
-from ..output import written_whole
+from ...errors import FileError
+from ...files import written_whole
+from ...records import record
 from .machine import commit, machine, versions
 
 SCHEMA = 1
@@ -39,7 +39,7 @@ class Row:
     peak_bytes: int | None = None  # of a whole process that did nothing else
     relative_l2: float | None = None
     parity: str = ""  # what relative_l2 is against
-    limit: float | None = None  # seconds that the machine's peaks would allow (stpath_runtime.bench.roofline)
+    limit: float | None = None  # seconds that the machine's peaks would allow (stpath_runtime.measures.bench.roofline)
     note: str = ""
     failed: str = ""  # why there are no numbers
 
@@ -88,6 +88,7 @@ class Row:
 
 FIELDS = [f.name for f in fields(Row)]
 IDENTITY = FIELDS[: FIELDS.index("seconds")]
+COMPUTED = ("median", "spread")
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write them as JSON; median and spread of each row stand there, too, for other readers."""
-        rows = [{**asdict(row), "median": row.median, "spread": row.spread} for row in self.rows]
+        rows = [asdict(row) | {name: getattr(row, name) for name in COMPUTED} for row in self.rows]
         with written_whole(path) as partial:
             partial.write_text(json.dumps({**asdict(self), "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
@@ -122,13 +123,15 @@ class Results:
         if not path.is_file():
             raise FileError(f"{path}: no such file; give what stpath bench wrote, bench.json")
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            rows, schema = found["rows"], found["schema"]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
+                raise ValueError("it has no rows")
+            schema = content.get("schema")
             if type(schema) is int and schema > SCHEMA:
                 raise FileError(f"{path}: schema {schema} is newer than {SCHEMA}; upgrade stpath-engine")
-            results = cls(**{**found, "rows": tuple(_row(row) for row in rows)})
+            results = record(cls, {**content, "rows": [_without_computed(row) for row in content["rows"]]})
             results._check()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             if isinstance(error, FileError):
                 raise
             raise FileError(
@@ -137,27 +140,19 @@ class Results:
         return results
 
     def _check(self) -> None:
-        texts = (self.title, self.date, *self.hashes.values(), *self.versions.values())
-        kinds = isinstance(self.machine, dict) and isinstance(self.peaks, dict) and self.schema == SCHEMA
-        if not kinds or not all(isinstance(text, str) for text in texts):
-            raise ValueError("a field is missing, or not what it can be")
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema is {self.schema}, not {SCHEMA}")
+        for index, row in enumerate(self.rows):
+            if any(seconds <= 0 for seconds in row.seconds):
+                raise ValueError(f"rows[{index}].seconds must be above 0")
         repeated = len(self.rows) - len({row.identity for row in self.rows})
         if repeated:
             raise ValueError(f"{repeated} of its rows stand twice")
 
 
-def _row(found: dict[str, Any]) -> Row:
-    """A row of a file, checked."""
-    given = {name: value for name, value in found.items() if name not in ("median", "spread")}
-    row = Row(**{**given, "seconds": tuple(given["seconds"]), "ratios": tuple(given["ratios"])})
-    numbers = (*row.seconds, *row.ratios, *(n for n in (row.peak_bytes, row.relative_l2, row.limit) if n is not None))
-    wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n)]
-    if wrong or any(n <= 0 for n in row.seconds):
-        raise ValueError(f"row {row.what!r}: times and sizes must be numbers above 0")
-    for name in IDENTITY:
-        if type(getattr(row, name)) is not type(getattr(EMPTY, name)):
-            raise ValueError(f"row {row.what!r}: {name} is {getattr(row, name)!r}")
-    return row
+def _without_computed(row: object) -> object:
+    """A row of a file, without the columns that `Results.write` computes for other readers."""
+    return {name: value for name, value in row.items() if name not in COMPUTED} if isinstance(row, dict) else row
 
 
 EMPTY = Row("")

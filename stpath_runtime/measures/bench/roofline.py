@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..manifest import ModelConfig
-from ..memory import available_on_host
-from ..neighbors import plan_blocks
+from ...encoding.neighbors import plan_blocks
+from ...machine import available_on_host
+from ...manifest import ModelConfig
 from .timing import seconds_of
 
 SIDES = (1024, 2048, 3072)  # of the matrices whose product is timed

@@ -10,10 +10,12 @@ import pytest
 
 from helpers import load_golden, relative_l2, require_bf16
 from stpath_export.proof import random_slide
-from stpath_runtime import Engine, InputError, Slide, encoder
+from stpath_runtime import Engine, InputError, Slide
 from stpath_runtime.backends import choice, open_backend
 from stpath_runtime.backends import onnxruntime as onnxruntime_backend
-from stpath_runtime.encoder import Spots
+from stpath_runtime.encoding import encoder
+from stpath_runtime.encoding.attention import Attention
+from stpath_runtime.encoding.keys import Spots, keys_of
 
 # Of published outputs in float32 and, for bfloat16, a bound that only catches blunders: the proof measures the error.
 BARS = {"fp32": 1e-5, "bf16": 2e-2}
@@ -66,11 +68,34 @@ def test_attention_is_that_of_onnxruntime(engine, exact, way, how):
     assert relative_l2(engine.embed(slide, **how), exact.embed(slide, **how)) <= BARS[way[1]]
 
 
+def test_an_engine_as_the_hub_keeps_it_runs(way, tiny_engine, exact, tmp_path):
+    """Every file is a link into a folder of blobs, by way of another link."""
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(path for path in tiny_engine.iterdir() if path.is_file()):
+        shutil.copyfile(file, blobs / f"{number}.real")
+        (blobs / str(number)).symlink_to(f"{number}.real")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    slide = random_slide(90, 96, 3)
+    with Engine.load(snapshot, backend=way[0], precision=way[1]) as engine:
+        assert relative_l2(engine.predict(slide).X, exact.predict(slide).X) <= BARS[way[1]]
+
+
+def test_a_closed_engine_is_refused(engine):
+    slide = random_slide(9, 96, 3)
+    engine.embed(slide)
+    for _ in range(2):
+        engine.close()
+        with pytest.raises(InputError, match="the engine was closed; load it again"):
+            engine.embed(slide)
+
+
 @pytest.mark.parametrize("tile", [1, 7, 61])
 def test_result_does_not_depend_on_the_tile(engine, way, tile):
     (_, slide, context), *_ = load_golden("tiny_context").slides()
     spots = Spots.of([slide], [context.resolve(slide, engine.vocabulary)])
-    keys = engine.keys([slide], spots, "global", 0)
+    keys = keys_of([slide], spots, engine.manifest.model, engine.precision, Attention("global"))
     tiled = encoder.encode(engine.backend, engine.manifest.model, way[1], spots, keys, tile=tile)
     # bfloat16 rounds what float32 sums in another order: a last bit now and then.
     assert relative_l2(tiled, engine.embed(slide, context=context)) <= (1e-6 if way[1] == "fp32" else 4e-3)
@@ -78,7 +103,7 @@ def test_result_does_not_depend_on_the_tile(engine, way, tile):
 
 def test_slides_of_a_batch_do_not_see_each_other(engine, way):
     slides = [random_slide(n, 96, n, "Brain") for n in (1, 37, 64, 130)]
-    together = engine.encode(slides, embeddings=True, genes=["GENE1"])
+    together = engine.predict_many(slides, embeddings=True, genes=["GENE1"])
     for slide, found in zip(slides, together, strict=True):
         alone = engine.embed(slide)
         assert relative_l2(found.embedding, alone) <= (1e-6 if way[1] == "fp32" else 4e-3)

@@ -6,6 +6,8 @@ No test runs a kernel of CUDA.
 from __future__ import annotations
 
 import copy
+import gc
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import cuda.bindings
@@ -16,11 +18,13 @@ import openvino
 import pytest
 import torch
 from host_gpu import ALIGNED, HostGpu
+from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
 
 from helpers import relative_l2
 from stpath_export.proof import Case, compare, random_slide, reference
 from stpath_export.trace import trace
 from stpath_runtime import Context, Engine, InputError
+from stpath_runtime.backends import cuda as cuda_backend
 from stpath_runtime.backends import onnxruntime_cuda
 from stpath_runtime.backends.openvino import process_core
 from stpath_runtime.backends.workspace import GpuWorkspace
@@ -40,6 +44,9 @@ class CudaSession:
 
     def get_providers(self):
         return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def disable_fallback(self):
+        pass
 
     def io_binding(self):
         return Binding(self.session.io_binding(), self.gpu)
@@ -111,10 +118,12 @@ def gpu(monkeypatch):
     gpu = HostGpu()
     real, made = onnxruntime.InferenceSession, []
 
-    def session(path, options, providers):
+    def session(path, options, providers, enable_fallback=1):
         ((provider, provider_options),) = providers
+        assert enable_fallback == 0  # or Python's part of ONNX Runtime takes the CPU where CUDA fails
         if provider == "CPUExecutionProvider":
             return real(path, options, providers=providers)
+        assert gpu.streams, "the provider starts after the stream that it is given"
         kind = CudaSession if "bf16" not in str(path) else BfloatSession
         made.append(kind(gpu, real, path, options, provider_options))
         return made[-1]
@@ -123,21 +132,30 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cuda.bindings, "runtime", gpu)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnxruntime, "create_and_register_allocator_v2", lambda *_: None)  # there is no CUDA's
+    loaded = []
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: loaded.append("CUDA's libraries"))
+
+    def allocator(*_):  # loads the provider, which needs them
+        assert loaded, "CUDA's libraries are loaded before the provider's"
+
+    monkeypatch.setattr(onnxruntime, "create_and_register_allocator_v2", allocator)
+    onnxruntime_cuda._preload_libraries.cache_clear()
+    onnxruntime_cuda._share_gpu_memory.cache_clear()
+    monkeypatch.setattr(onnxruntime_cuda, "_ARENA", Counter())
     return gpu
 
 
 @pytest.fixture
 def engine(tiny_engine, gpu):
     loaded = Engine.load(tiny_engine, device="cuda")
-    loaded._approximation_told = True
+    loaded._warned_of_approximation = True
     return loaded
 
 
 @pytest.fixture
 def exact(tiny_engine):
     loaded = Engine.load(tiny_engine)
-    loaded._approximation_told = True
+    loaded._warned_of_approximation = True
     return loaded
 
 
@@ -149,7 +167,7 @@ def a_context(slide, genes):
 @pytest.mark.parametrize("how", WAYS, ids=lambda how: how["attention"])
 @pytest.mark.parametrize("rows", [64, 4096])
 def test_slides_run_on_the_gpu(engine, exact, gpu, tiny, how, rows, monkeypatch):
-    monkeypatch.setattr(engine.backend, "enough_rows", rows)
+    monkeypatch.setattr(engine.backend, "most_rows", rows)
     for spots in (70, 1_501, 5):  # memory grows, and is used again; 1,501 keys are padded
         slide = random_slide(spots, tiny.model.config.n_features, spots, "Kidney", "Visium")
         context = a_context(slide, tiny.vocabulary.symbols)
@@ -194,7 +212,7 @@ def test_threads_take_turns(engine, exact, tiny):
 
 
 def test_rows_that_a_graph_takes_are_not_those_that_it_writes(gpu):
-    from stpath_runtime.cuda import Gpu
+    from stpath_runtime.backends.cuda import Gpu
 
     seen = {}
 
@@ -221,7 +239,7 @@ def test_bfloat16(tiny, tiny_bf16_engine, gpu, neighbors):
         for dtype in (torch.float64, torch.bfloat16)
     )
     engine = Engine.load(tiny_bf16_engine, device="cuda:0")
-    engine._approximation_told = True
+    engine._warned_of_approximation = True
     how = {} if neighbors is None else {"attention": "knn", "neighbors": neighbors}
     embedding = engine.embed(slide, context=case.context, **how)
     row = compare((embedding, engine.decode(embedding)), exact, low, None)
@@ -264,14 +282,14 @@ def test_too_little_memory_for_one_tile(engine, gpu, tiny):
         (
             "Failed to allocate memory for requested buffer of size 123",
             InputError,
-            "cuda:0: not enough GPU memory for a tile of embed; give less with --memory",
+            "cuda:0: not enough memory for a tile of embed; give less with --memory",
         ),
-        ("illegal memory access", RuntimeError, "^illegal memory access$"),  # a fault of ours, not of the input
+        ("illegal memory access", RuntimeException, "^illegal memory access$"),  # a fault of ours, not of the input
     ],
 )
 def test_what_onnxruntime_says_of_a_graph_that_fails(engine, tiny, monkeypatch, said, kind, told):
     def fail(self, binding, options):
-        raise RuntimeError(said)
+        raise RuntimeException(said)  # ONNX Runtime's own
 
     monkeypatch.setattr(CudaSession, "run_with_iobinding", fail)
     with pytest.raises(kind, match=told):
@@ -288,10 +306,67 @@ def test_a_device_that_is_not_there(tiny_engine, gpu):
         Engine.load(tiny_engine, device="cuda:1")
 
 
-def test_a_session_that_fell_back_to_the_cpu_is_refused(engine, monkeypatch):
+def test_a_session_that_fell_back_to_the_cpu_is_refused(tiny_engine, gpu, monkeypatch):
     monkeypatch.setattr(CudaSession, "get_providers", lambda self: ["CPUExecutionProvider"])
     said = lambda: print("Failed to load libcudnn.so.9: no such file")  # noqa: E731, T201
     monkeypatch.setattr(onnxruntime, "preload_dlls", said)
-    onnxruntime_cuda._preload_libraries.cache_clear()
-    with pytest.raises(InputError, match=r"CUDAExecutionProvider did not start, .* \(Failed to load libcudnn"):
+    monkeypatch.setattr(onnxruntime, "create_and_register_allocator_v2", lambda *_: None)
+    engine = Engine.load(tiny_engine, device="cuda:0")
+    why = r"did not start \(ONNX Runtime chose CPUExecutionProvider; Failed to load libcudnn"
+    with pytest.raises(InputError, match=why):
         engine.decode(np.ones((1, 64)))
+
+
+def test_the_reason_of_a_failed_start_is_told(engine, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeException("CUDA failure 35: CUDA driver version is insufficient ; GPU=0")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(InputError, match="did not start .CUDA failure 35: CUDA driver version is insufficient"):
+        engine.decode(np.ones((1, 64)))
+
+
+def test_what_the_engine_holds_is_freed_by_close_or_with_it(tiny_engine, gpu, tiny):
+    slide = random_slide(100, tiny.model.config.n_features, 0)
+    with Engine.load(tiny_engine, device="cuda:0") as engine:
+        engine.embed(slide)
+        assert gpu.held
+    assert not gpu.held
+    with pytest.raises(InputError, match="the engine was closed; load it again"):
+        engine.embed(slide)
+    engine = Engine.load(tiny_engine, device="cuda:0")
+    engine.embed(slide)
+    del engine
+    gc.collect()
+    assert not gpu.held
+
+
+def test_pinned_memory_is_one_ring_whatever_goes_up(gpu, monkeypatch):
+    monkeypatch.setattr(cuda_backend, "PIECE", 1 << 10)
+    device = cuda_backend.Gpu("cuda:0")
+    arrays = [
+        np.ones(n, dtype=dtype).cumsum(dtype=dtype)
+        for n, dtype in [(0, "f4"), (1, "i8"), (5_000, "f4"), (700, "f2"), (9, "?")]
+    ]
+    arrays.append(np.arange(600, dtype=np.float32).reshape(20, 30).T)
+    on_gpu = [device.upload(str(i), array) for i, array in enumerate(arrays)]
+    downloaded = [device.download(array) for array in on_gpu]
+    device.synchronize()
+    for array, found in zip(arrays, downloaded, strict=True):
+        np.testing.assert_array_equal(found, array)
+    assert len(gpu.pinned) == cuda_backend.BUFFERS
+
+
+def test_the_arena_of_onnxruntime_is_free_memory(engine, gpu, tiny, monkeypatch):
+    slide = random_slide(100, tiny.model.config.n_features, 0)
+    engine.embed(slide)
+    run = CudaSession.run_with_iobinding
+
+    def grown(self, binding, options):
+        gpu.size -= 1 << 20  # an arena that takes more of the GPU
+        return run(self, binding, options)
+
+    before = engine.backend.available_memory()
+    monkeypatch.setattr(CudaSession, "run_with_iobinding", grown)
+    engine.embed(slide)
+    assert engine.backend.available_memory() == before

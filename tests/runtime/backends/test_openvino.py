@@ -18,9 +18,10 @@ from stpath_export.proof import LOW_PEARSON_BAR, PEARSON_BAR, Case, compare, ran
 from stpath_runtime import Engine, InputError
 from stpath_runtime.backends import openvino as openvino_backend
 from stpath_runtime.backends.openvino import DIGEST, OpenVinoBackend
-from stpath_runtime.cli import main
-from stpath_runtime.manifest import MANIFEST, Manifest, sha256
-from stpath_runtime.slide import Slide
+from stpath_runtime.cli.app import main
+from stpath_runtime.files import sha256
+from stpath_runtime.manifest import MANIFEST, Manifest
+from stpath_runtime.slides.slide import Slide
 from stpath_train.checkpoint import load_checkpoint
 from stpath_train.cohort import World
 from stpath_train.demo_checkpoint import PACKAGED, SEED, held_out_slide

@@ -21,22 +21,22 @@ import onnxruntime
 import pytest
 import tensorrt_rtx as trt
 from cuda.bindings import runtime as cudart
-from host_gpu import HostGpu
+from host_gpu import ALIGNED, HostGpu
 
 from helpers import load_golden
-from stpath_runtime import plan_builder
-from stpath_runtime.backends import open_backend
+from stpath_runtime.backends import open_backend, plan_builder
+from stpath_runtime.backends.cuda import Gpu
 from stpath_runtime.backends.onnxruntime import OnnxRuntimeBackend
-from stpath_runtime.cli import main
-from stpath_runtime.context import Context
-from stpath_runtime.cuda import Gpu
-from stpath_runtime.encoder import DECODED_ROWS
+from stpath_runtime.backends.plan_builder import Build, build_plan, new_monitor, parse
+from stpath_runtime.backends.plans import SIDECAR, Plans, input_ranges, quiet_logger, stage_graphs
+from stpath_runtime.cli.app import main
+from stpath_runtime.encoding.sizes import DECODED_ROWS
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import InputError
-from stpath_runtime.manifest import MANIFEST, Manifest, sha256
-from stpath_runtime.plan_builder import Build, build_plan, new_monitor, parse
-from stpath_runtime.plans import SIDECAR, Plans, input_ranges, quiet_logger, stage_graphs
-from stpath_runtime.slide import Slide
+from stpath_runtime.files import sha256
+from stpath_runtime.manifest import MANIFEST, Manifest
+from stpath_runtime.slides.context import Context
+from stpath_runtime.slides.slide import Slide
 
 SM_89 = f"tensorrt_rtx-{trt.__version__}-sm_89"
 STAGES = ["tokens", "embed", "block_1", "block_2", "block_3", "knn_block_1", "knn_block_2", "knn_block_3", "head"]
@@ -68,10 +68,14 @@ class OnnxRuntimePlan:
         return self
 
     def set_input_shape(self, name, shape):
+        if name not in self.inputs or min(shape, default=1) < 0:
+            return False
         self.shapes[name] = shape
         return True
 
     def set_tensor_address(self, name, address):
+        if name not in self.types or address % ALIGNED:
+            return False
         self.addresses[name] = address
         return True
 
@@ -187,9 +191,9 @@ def test_every_stage_is_built(either_engine, tmp_path):
     assert facts == ("tensorrt_rtx", trt.__version__, "sm_89", "", 2_000)
     assert plans.weights == manifest.files["weights.bin"]
     for stage in STAGES:
-        assert plans.plans[stage]["sha256"] == sha256(folder / f"{stage}.plan")
-        assert plans.plans[stage]["onnx"] == manifest.files[f"{stage}.onnx"]
-        assert plans.plans[stage]["seconds"] > 0
+        assert plans.plans[stage].sha256 == sha256(folder / f"{stage}.plan")
+        assert plans.plans[stage].onnx == manifest.files[f"{stage}.onnx"]
+        assert plans.plans[stage].seconds > 0
         assert plans.ranges(stage) == input_ranges(stage, manifest.model, 2_000)
     done = [done for done, _ in told]
     assert done == sorted(done)
@@ -275,7 +279,7 @@ def test_ranges_cover_what_the_encoder_asks_for(tiny, tiny_engine, monkeypatch, 
     monkeypatch.setattr(OnnxRuntimeBackend, "run", in_range)
     engine, slide = Engine.load(tiny_engine), a_slide(tiny, spots)
     neighbors = {"neighbors": 32} if attention == "knn" else {}
-    monkeypatch.setattr(engine, "_approximation_told", True)
+    monkeypatch.setattr(engine, "_warned_of_approximation", True)
     for genes in (1, 200):
         context = a_context(tiny, range(min(spots, 1_500)), genes)
         embedding = engine.embed(slide, context=context, attention=attention, **neighbors)
@@ -390,7 +394,7 @@ def test_tensorrt_keeps_its_timings(tiny_engine, tmp_path, monkeypatch, gpu):
 def test_plans_run_slides(tiny, built, gpu, how):
     gpu.plans_of(built)
     engine, reference = Engine.load(built, backend="tensorrt_rtx", device="cuda:0"), Engine.load(built)
-    engine._approximation_told = reference._approximation_told = True
+    engine._warned_of_approximation = reference._warned_of_approximation = True
     sizes = (70, 2_500 if how else 1_500, 5)  # memory grows, and is used again; kNN is for slides of any size
     for spots in sizes:
         slide, context = a_slide(tiny, spots), a_context(tiny, range(3), 20)
@@ -438,6 +442,8 @@ def test_what_is_called_is_in_tensorrt():
         ("cudaEventCreateWithFlags", (cudart.cudaEventDisableTiming,), 1),
         ("cudaEventRecord", (0, 0), 0),
         ("cudaEventSynchronize", (0,), 0),
+        ("cudaEventDestroy", (0,), 0),
+        ("cudaStreamDestroy", (0,), 0),
         ("cudaMemcpyAsync", (0, 0, 0, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice, 0), 0),
         ("cudaStreamSynchronize", (0,), 0),
     ],
@@ -448,6 +454,25 @@ def test_cuda_takes_what_it_is_given(function, arguments, gives):
     assert isinstance(error, cudart.cudaError_t)
     assert len(found) == gives
     assert {"major", "minor", "name"} <= set(dir(cudart.cudaDeviceProp))
+
+
+@pytest.mark.parametrize("call", ["set_input_shape", "set_tensor_address", "execute_async_v3"])
+def test_what_tensorrt_refuses_is_no_result(mine, gpu, tiny, monkeypatch, call):
+    gpu.plans_of(mine)
+    engine = Engine.load(mine, backend="tensorrt_rtx", device="cuda:0")
+    monkeypatch.setattr(OnnxRuntimePlan, call, lambda *_: False)
+    with pytest.raises(RuntimeError, match="TensorRT-RTX refuses"):
+        engine.embed(a_slide(tiny))
+
+
+def test_what_plans_hold_is_freed(mine, gpu, tiny):
+    gpu.plans_of(mine)
+    with Engine.load(mine, backend="tensorrt_rtx", device="cuda:0") as engine:
+        engine.embed(a_slide(tiny))
+        assert gpu.held
+    assert not gpu.held
+    with pytest.raises(InputError, match="the engine was closed"):
+        engine.embed(a_slide(tiny))
 
 
 # Refusals

@@ -24,7 +24,7 @@ from helpers import (
     write_slide,
     write_symbol_table,
 )
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_train.checkpoint import load_checkpoint
 
 
@@ -238,12 +238,24 @@ sys.exit(main(sys.argv[1:]))
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["results_2026.11.26", "run.h5ad/", "plain"])
+def test_a_folder_may_have_a_dot(name, slide_file, tiny_engine, stpath, tmp_path):
+    words = ["predict", slide_file, "--engine", tiny_engine, "--genes", "GENE1", "--out", f"{tmp_path}/{name}"]
+    code, out, _ = stpath(*words)
+    assert code == 0
+    assert out.startswith(f"{tmp_path}/{name.rstrip('/')}/{slide_file.stem}.h5ad: ")
+
+
 def test_context_barcodes_that_are_not_in_the_slide(tiny, slide_file, tiny_engine, stpath, tmp_path):
     context = tiny.slides()[0][2]
-    stranger = type(context)(["elsewhere", *context.ids[1:]], context.counts, context.genes)
-    path = write_context(stranger, tmp_path / "c.h5ad")
+    strangers = type(context)([f"elsewhere{i}" for i in range(20)], context.counts, context.genes)
+    path = write_context(strangers, tmp_path / "c.h5ad")
     words = ["predict", slide_file, "--engine", tiny_engine, "--out", tmp_path / "p.h5ad", "--context"]
-    assert_refused(stpath(*words, path), "1 of 20 barcodes are not in the slide", "elsewhere")
+    assert_refused(stpath(*words, path), "none of its 20 barcodes is in the slide", "elsewhere0")
+    some = type(context)(["elsewhere", *context.ids[1:]], context.counts, context.genes)
+    code, _, err = stpath(*words, write_context(some, path))
+    assert code == 0
+    assert "1 of its 20 spots are not in the slide and are left out, the first is 'elsewhere'; 19 are used" in err
     negative = type(context)(context.ids, -context.counts - 1, context.genes)
     assert_refused(stpath(*words, write_context(negative, path)), "negative")
     logged = type(context)(context.ids, np.log1p(context.counts), context.genes)

@@ -20,8 +20,8 @@ import onnxruntime  # noqa: F401
 import pandas as pd  # noqa: F401
 from filelock import FileLock  # noqa: F401
 
-from stpath_runtime import commands, engine, pipeline, readers  # noqa: F401
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
+from stpath_runtime.cohort import pipeline  # noqa: F401
 
 
 def start(words: list[str]) -> int:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import anndata
@@ -17,16 +19,18 @@ import pytest
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import sparse
 
 from helpers import without_coverage, write_context, write_slide
-from stpath_runtime import Context, Engine, InputError, Slide, pipeline
-from stpath_runtime.cli import main
-from stpath_runtime.cohort import LOCK, read_cohort, run_cohort
+from stpath_runtime import Context, Engine, InputError, Slide
+from stpath_runtime.cli.app import main
+from stpath_runtime.cohort import pipeline
+from stpath_runtime.cohort.pipeline import Settings, run_jobs
+from stpath_runtime.cohort.progress import CohortProgress
+from stpath_runtime.cohort.run import LOCK, read_cohort, run_cohort
 from stpath_runtime.errors import InputWarning
-from stpath_runtime.output import Format
-from stpath_runtime.pipeline import Settings, run_jobs
-from stpath_runtime.progress import CohortProgress
-from stpath_runtime.targets import slide_name
+from stpath_runtime.results.output import Format
+from stpath_runtime.results.targets import slide_name
 
 SIZES = (61, 300, 1500, 1, 90)
 
@@ -94,9 +98,11 @@ def test_every_slide_gets_what_predict_gives(run, engine, tmp_path):
 
 def test_small_slides_run_in_one_call(run, monkeypatch):
     calls = []
-    encode = Engine.encode
+    predict = Engine.predict_many
     monkeypatch.setattr(
-        Engine, "encode", lambda self, slides, *a, **k: calls.append(len(slides)) or encode(self, slides, *a, **k)
+        Engine,
+        "predict_many",
+        lambda self, slides, *a, **k: calls.append(len(slides)) or predict(self, slides, *a, **k),
     )
     assert run()[0] == 0
     assert calls == [2, 1, 2]  # 61 + 300, 1500, 1 + 90
@@ -164,9 +170,9 @@ def interrupted(*_: object) -> None:
 def test_a_failing_slide_stops_no_other(run, cohort, tmp_path):
     (cohort / "S0.h5").write_text("no slide")
     write_slide(Slide([[0, 0]], [[1.0, 2.0]]), cohort / "S3.h5")
-    huge = a_slide(90, 4)
-    huge.features[17] = 3e38
-    write_slide(huge, cohort / "S4.h5")
+    features = a_slide(90, 4).features.copy()
+    features[17] = 3e38
+    write_slide(dataclasses.replace(a_slide(90, 4), features=features), cohort / "S4.h5")
     (cohort / "manifest.csv").open("a").write("missing.h5,,,\n../cohort/S5.h5,,,missing.h5ad\n")
     write_slide(a_slide(5, 9), cohort / "S5.h5")
     code, out, _ = run()
@@ -253,12 +259,81 @@ def test_what_a_killed_run_left_is_removed(run, tmp_path):
         ("slide,technology\nS0.h5,Visum\n", "unknown technology 'Visum'"),
         ("slide\nS0.h5\nother/S0.h5\n", "S0.h5 and .*other/S0.h5 would both be"),
         ('slide\n"S0.h5\n', "not a CSV file"),
+        ("slide,\nS0.h5,Brain\n", "line 2 has a field in a column without a name"),
     ],
 )
 def test_manifests_that_are_none(text, message, cohort, tmp_path):
     (cohort / "manifest.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         read_cohort(str(cohort / "manifest.csv"), str(tmp_path / "out"), Format.H5AD)
+
+
+def test_names_that_are_no_text(run, cohort, tmp_path):
+    """Latin-1 names of files, in folders and manifests: run, told, resumed and drawn."""
+    odd = os.fsdecode(b"caf\xe9")
+    folder = tmp_path / os.fsdecode(b"d\xe9")
+    folder.mkdir()
+    shutil.copy(cohort / "S0.h5", folder / f"{odd}.h5")
+    (folder / "bad.h5").write_text("no slide")
+    for status in ("done", "skipped"):
+        code, out, _ = run(source=folder)
+        assert code == 1
+        assert "1 failed" in out
+        raw = (tmp_path / "out" / "summary.csv").read_bytes().decode(errors="surrogateescape")
+        (row,) = (line for line in csv.DictReader(raw.splitlines()) if line["status"] != "failed")
+        assert (row["slide"], row["status"], row["spots"]) == (f"{folder}/{odd}.h5", status, "61")
+        assert os.fsencode(folder) in (tmp_path / "out" / "failures.csv").read_bytes()
+    result = tmp_path / "out" / f"{odd}.h5ad"
+    assert main(["plot", str(result), "GENE7", "--out", str(tmp_path / f"{odd}.png")]) == 0
+    (tmp_path / "m.csv").write_bytes(b"slide\n" + os.fsencode(folder / f"{odd}.h5") + b"\n")
+    (job,) = read_cohort(str(tmp_path / "m.csv"), str(tmp_path / "out"), Format.H5AD)
+    assert job.slide == f"{folder}/{odd}.h5"
+    (tmp_path / "m.csv").write_bytes(b"slide\n\xe9.h5\n")
+    with pytest.raises(InputError, match="line 2 is not text in UTF-8 and names no file"):
+        read_cohort(str(tmp_path / "m.csv"), str(tmp_path / "out"), Format.H5AD)
+
+
+def test_nothing_global_is_replaced_while_a_run_waits(cohort, engine, tmp_path):
+    jobs = read_cohort(str(cohort / "manifest.csv"), str(tmp_path / "out"), Format.H5AD)
+    before = warnings.showwarning, warnings.filters[:]
+    running = run_jobs(engine, jobs, Settings(engine="", genes=["GENE1"]))
+    next(running)
+    assert (warnings.showwarning, warnings.filters[:]) == before
+    running.close()
+
+
+def test_signal_handlers_are_restored(run):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    run("--gens")
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("name", ["technology", "tech"])
+def test_manifests_as_spreadsheets_save_them(separator, ending, name, cohort, tmp_path):
+    lines = [f"\ufeffslide,organ,{name},,", "S0.h5,Brain,Visium,,", ",,,,"]
+    path = cohort / f"sheet.{ending}"
+    path.write_text("\r\n".join(lines).replace(",", separator))
+    (job,) = read_cohort(str(path), str(tmp_path / "out"), Format.H5AD)
+    assert (job.slide, job.organ, job.technology) == (str(cohort / "S0.h5"), "Brain", "Visium")
+
+
+def test_a_spreadsheet_is_no_manifest(cohort, tmp_path):
+    (cohort / "slides.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError, match="a spreadsheet; save it as CSV"):
+        read_cohort(str(cohort / "slides.xlsx"), str(tmp_path / "out"), Format.H5AD)
+
+
+def test_features_beside_counts_of_the_same_name(cohort, tmp_path):
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    shutil.copy(cohort / "S0.h5", folder)
+    anndata.AnnData(sparse.eye(30, 40, format="csr", dtype="f4"), obsm={"spatial": np.eye(30, 2)}).write_h5ad(
+        folder / "S0.h5ad"
+    )
+    with pytest.raises(InputError, match=r"would both be .*, and \S+S0.h5ad holds no features that can be read"):
+        read_cohort(str(folder), str(tmp_path / "out"), Format.H5AD)
 
 
 def test_columns_that_are_not_read_are_told_of(cohort, tmp_path):

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from helpers import write_context, write_slide
-from stpath_runtime import Context, Engine, InputError, Slide, distributed, read_slide
-from stpath_runtime.cli import main
-from stpath_runtime.distributed import run_on_ray
-from stpath_runtime.pipeline import Job, Settings
+from stpath_runtime import Context, Engine, InputError, Slide, read_slide
+from stpath_runtime.cli.app import main
+from stpath_runtime.cohort import on_ray as distributed
+from stpath_runtime.cohort.on_ray import run_on_ray
+from stpath_runtime.cohort.pipeline import Job, Settings
 
 SLIDES = 24
 

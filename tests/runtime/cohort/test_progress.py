@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from stpath_runtime.pipeline import Outcome
-from stpath_runtime.progress import cohort_progress, progress_bar
+from stpath_runtime.cohort.pipeline import Outcome
+from stpath_runtime.cohort.progress import cohort_progress
+from stpath_runtime.progress import progress_bar
 
 DONE = Outcome("a[b].h5", "out/a.h5ad", "done", spots=1_200, seconds=2.0, warnings=("few spots",))
 SKIPPED = Outcome("c.h5", "out/c.h5ad", "skipped")

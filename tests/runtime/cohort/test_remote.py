@@ -12,8 +12,8 @@ import pytest
 
 from helpers import write_context, write_slide
 from stpath_runtime import Context, Engine, InputError
-from stpath_runtime.cli import main
-from stpath_runtime.remote import fetched, join, sent, version
+from stpath_runtime.cli.app import main
+from stpath_runtime.cohort.remote import fetched, join, sent, version
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -87,7 +87,7 @@ def test_a_place_that_is_not_writable_is_found_before_the_work(place, tiny, tiny
 
     url, files = place
     monkeypatch.setattr(type(files), "put_file", put_file)
-    monkeypatch.setattr(Engine, "encode", lambda *_, **__: pytest.fail("the work was done"))
+    monkeypatch.setattr(Engine, "predict_many", lambda *_, **__: pytest.fail("the work was done"))
     (tmp_path / "in").mkdir()
     write_slide(tiny.slides()[0][1], tmp_path / "in" / "s.h5")
     words = ["run", tmp_path / "in", "--engine", tiny_engine, "--out", f"{url}/out", "--genes", "GENE1"]
@@ -96,24 +96,52 @@ def test_a_place_that_is_not_writable_is_found_before_the_work(place, tiny, tiny
     assert capsys.readouterr().err == message
 
 
-def test_what_is_sent_in_part_does_not_look_whole(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_earlier_result_stays_until_the_new_one_is_whole(folder, place, monkeypatch):
     url, files = place
-    seen: list[str] = []
-    real = type(files).put_file
 
-    def put_file(self, local, remote, *args, **kwargs):
-        seen.append(str(remote))
-        return real(self, local, remote, *args, **kwargs)
+    def send(content: str) -> None:
+        with sent(f"{url}/r.zarr") as path:
+            if folder:
+                path.mkdir()
+                (path / "a").write_text("first")
+            (path / "z" if folder else path).write_text(content)
 
-    monkeypatch.setattr(type(files), "put_file", put_file)
-    with sent(f"{url}/p.zarr") as folder:
-        anndata.AnnData(np.ones((3, 2), np.float32)).write_zarr(folder)
-    roots = {".zgroup", ".zattrs", ".zmetadata", "zarr.json"}
-    last = [name.rsplit("p.zarr/", 1)[1] in roots for name in seen]
-    assert any(last)
-    assert last == sorted(last)
-    with fetched(f"{url}/p.zarr") as folder:
-        assert anndata.read_zarr(folder).shape == (3, 2)
+    def kept() -> str:
+        return files.cat(f"{url}/r.zarr/z" if folder else f"{url}/r.zarr").decode()
+
+    send("old")
+    put, count = type(files).put_file, []
+
+    def fail(self, local, *rest, **options):
+        count.append(local)
+        if len(count) == 1 + folder:
+            raise OSError("the connection is gone")
+        return put(self, local, *rest, **options)
+
+    monkeypatch.setattr(type(files), "put_file", fail)
+    with pytest.raises(InputError, match="the connection is gone"):
+        send("new")
+    assert kept() == "old"
+    monkeypatch.setattr(type(files), "put_file", put)
+    send("new")
+    assert kept() == "new"
+    assert len(files.ls(url)) == 1  # nothing is left beside it
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr", "spatialdata"])
+def test_what_others_put_at_a_url_is_never_removed(form, place, tiny, tiny_engine, tmp_path, capsys):
+    url, files = place
+    suffix = "h5ad" if form == "h5ad" else "zarr"
+    theirs = f"{url}/out/s.{suffix}" if form == "h5ad" else f"{url}/out/s.{suffix}/notes.txt"
+    files.makedirs(theirs.rpartition("/")[0], exist_ok=True)
+    files.pipe_file(theirs, b"theirs")
+    (tmp_path / "in").mkdir()
+    write_slide(tiny.slides()[0][1], tmp_path / "in" / "s.h5")
+    words = ["run", tmp_path / "in", "--engine", tiny_engine, "--out", f"{url}/out", "--genes", "GENE1"]
+    assert main([*map(str, [*words, "--format", form])]) == 1
+    assert "exists and is no prediction of stpath; move it away" in capsys.readouterr().err
+    assert files.cat(theirs) == b"theirs"
 
 
 def test_what_fails_before_the_end_is_not_sent(place):

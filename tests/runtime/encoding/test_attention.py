@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import relative_l2
-from stpath_runtime import Context, Engine, InputError, Slide, encoder
-from stpath_runtime.cli import main
-from stpath_runtime.encoder import Spots
+from stpath_runtime import Context, Engine, InputError, Slide, machine
+from stpath_runtime.cli.app import main
+from stpath_runtime.encoding import encoder
+from stpath_runtime.encoding.attention import Attention
+from stpath_runtime.encoding.keys import Spots, keys_of
 from stpath_runtime.errors import InputWarning
-from stpath_runtime.fidelity import measure_fidelity
-from stpath_runtime.memory import available_on_host, parse_bytes
+from stpath_runtime.machine import available_in_cgroups, available_on_host, parse_bytes
+from stpath_runtime.measures.fidelity import measure_fidelity
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.inputs import slide_inputs
 
@@ -63,7 +66,7 @@ def test_as_many_neighbours_as_spots_is_global(engine):
 def test_knn_does_not_depend_on_the_tile(engine, k, tile):
     slide = random_slide(500, 1)
     spots = Spots.of([slide], [None])
-    keys = engine.keys([slide], spots, "knn", k)
+    keys = keys_of([slide], spots, engine.manifest.model, "fp32", Attention("knn", k))
     assert keys.rows == 512
     tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", spots, keys, tile=tile)
     assert relative_l2(tiled, engine.embed(slide, attention="knn", neighbors=k)) <= 1e-6
@@ -72,8 +75,9 @@ def test_knn_does_not_depend_on_the_tile(engine, k, tile):
 @pytest.mark.parametrize("how", [{}, {"attention": "knn", "neighbors": 8}])
 def test_memory_bounds_the_tile_and_changes_nothing_else(engine, how, monkeypatch):
     slide = random_slide(700, 2)
-    keys = engine.keys([slide], Spots.of([slide], [None]), how.get("attention", "global"), how.get("neighbors", 0))
-    kept = (keys.rows + 4 * keys.keys) * 64 * 4 + keys.kept_bytes
+    attention = Attention(how.get("attention", "global"), how.get("neighbors", 0))
+    keys = keys_of([slide], Spots.of([slide], [None]), engine.manifest.model, engine.precision, attention)
+    kept = (keys.rows + 2 + 4 * keys.keys) * 64 * 4 + keys.kept_bytes + keys.planning_bytes
     sizes = []
     real = encoder.tile_rows
     monkeypatch.setattr(encoder, "tile_rows", lambda *a: sizes.append(real(*a)) or sizes[-1])
@@ -99,7 +103,7 @@ def test_half_of_what_is_available_is_the_default(engine, monkeypatch):
         engine.embed(random_slide(3000, 3))
 
 
-def test_an_approximation_is_told_once_and_recorded(tiny_engine):
+def test_an_approximation_is_warned_of_once_and_recorded(tiny_engine):
     engine = Engine.load(tiny_engine)
     slide = random_slide(100, 4)
     with pytest.warns(InputWarning, match="knn attention to 8 spots on a model trained with global"):
@@ -128,6 +132,14 @@ def test_a_model_trained_with_knn_attends_so_by_default(tiny, tiny_genes, tmp_pa
         engine.embed(slide, attention="global")
 
 
+@pytest.mark.parametrize("same", [{"attention": "knn:8"}, {"attention": Attention("knn", 8)}])
+def test_every_way_to_say_knn_gives_the_same(engine, same):
+    slide = random_slide(100, 4)
+    engine._warned_of_approximation = True
+    np.testing.assert_array_equal(engine.embed(slide, **same), engine.embed(slide, attention="knn", neighbors=8))
+    assert engine.predict(slide, genes=["GENE1"], **same).uns["stpath"]["neighbors"] == 8
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -138,6 +150,11 @@ def test_a_model_trained_with_knn_attends_so_by_default(tiny, tiny_genes, tmp_pa
         ({"attention": "knn", "neighbors": "8"}, "not '8'"),
         ({"neighbors": 8}, "global attention takes no neighbors"),
         ({"attention": "sparse"}, "unknown attention 'sparse'; known: global, knn"),
+        ({"attention": "knn:"}, "unknown attention 'knn:'"),
+        ({"attention": "knn:8.5"}, "unknown attention 'knn:8.5'"),
+        ({"attention": "knn:0"}, "from 1, not 0"),
+        ({"attention": "knn:8", "neighbors": 8}, "leave out neighbors"),
+        ({"attention": "global:8"}, "global attention takes no neighbors"),
     ],
 )
 def test_faulty_ways_to_attend_are_refused(engine, how, message):
@@ -198,14 +215,53 @@ def test_sizes_that_are_none(text):
         parse_bytes(text)
 
 
-def test_memory_of_the_host_is_bounded_by_its_cgroup(monkeypatch):
-    files = {"/proc/meminfo": "MemAvailable:    8000 kB\n", "/sys/fs/cgroup/memory.max": "5000000\n"}
-    files["/sys/fs/cgroup/memory.current"] = "1000000\n"
-    monkeypatch.setattr(Path, "exists", lambda path: str(path) in files)
-    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
-    assert available_on_host() == 4_000_000
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert available_on_host() == 8000 * 1024
+def cgroup(folder: Path, limit: object, used: int, inactive: int, version: int = 2) -> None:
+    """A memory cgroup as Linux shows it."""
+    names = ("memory.max", "memory.current", "inactive_file")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {inactive}\nfile 7\n")
+
+
+@pytest.mark.parametrize(("version", "line"), [(2, "0::{}"), (1, "4:cpu,memory:{}")])
+def test_memory_of_the_cgroups_around_a_process(version, line, tmp_path):
+    mount = tmp_path if version == 2 else tmp_path / "memory"
+    cgroup(mount, "max", 50, 0, version)
+    cgroup(mount / "outer", 9_000, 6_000, 500, version)
+    cgroup(mount / "outer" / "inner", 20_000, 1_000, 0, version)
+    (tmp_path / "self").write_text(f"7:cpuset:/other\n{line.format('/outer/inner')}\n")
+    assert sorted(available_in_cgroups(tmp_path, tmp_path / "self")) == [3_500, 19_000]
+    (tmp_path / "self").write_text(line.format("/kubepods/not/mounted/here"))
+    assert available_in_cgroups(tmp_path, tmp_path / "self") == []
+    cgroup(mount, 4_000, 3_000, 600, version)  # a container sees its own cgroup as the root
+    assert available_in_cgroups(tmp_path, tmp_path / "self") == [1_600]
+    assert available_in_cgroups(tmp_path, tmp_path / "none") == []
+
+
+def test_what_is_available_is_the_least_of_system_and_cgroups(monkeypatch):
+    alone = available_on_host()
+    monkeypatch.setattr(machine, "available_in_cgroups", lambda: [10**15, 4_000])
+    assert available_on_host() == 4_000 < alone
+    monkeypatch.setattr(machine, "available_in_cgroups", lambda: [-5])
+    assert available_on_host() == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(spots=st.integers(1, 400), k=st.sampled_from([None, 1, 30, 500]), share=st.floats(0, 1))
+def test_the_least_memory_that_is_named_works_and_less_does_not(tiny_engine, spots, k, share):
+    engine = Engine.load(tiny_engine)
+    engine._warned_of_approximation = True
+    how = {} if k is None else {"attention": "knn", "neighbors": k}
+    slide = random_slide(spots, 3)
+    with pytest.raises(InputError, match=r"the least that works is \d+ MiB") as refused:
+        engine.embed(slide, **how, memory=1 + int(share * 2**14))
+    least = int(re.search(r"works is (\d+) MiB", str(refused.value))[1]) << 20
+    engine.embed(slide, **how, memory=least)
+    with pytest.raises(InputError, match="the least that works is"):
+        engine.embed(slide, **how, memory=least - 2**20 or 1)
 
 
 @settings(max_examples=15, deadline=None)
@@ -221,7 +277,7 @@ def test_slides_run_together_as_each_alone(tiny_engine, sizes, k, context, seed)
     slides = [random_slide(spots, seed + i) for i, spots in enumerate(sizes)]
     measured = Context([0], np.array([[3, 1]]), ["GENE3", "GENE9"])
     contexts = [measured if context and i % 2 else None for i in range(len(slides))]
-    together = engine.encode(slides, contexts, **how)
+    together = engine.predict_many(slides, contexts, **how)
     for slide, own, found in zip(slides, contexts, together, strict=True):
         assert relative_l2(found.embedding, engine.embed(slide, context=own, **how)) <= 1e-6
         assert list(found.frame.obs_names) == slide.obs_names

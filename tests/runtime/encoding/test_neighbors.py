@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stpath_runtime.neighbors import BLOCK, PAD_KEYS, cut, nearest, plan_blocks
+from stpath_runtime.encoding import neighbors
+from stpath_runtime.encoding.neighbors import cut, nearest, plan_blocks
+from stpath_runtime.encoding.sizes import BLOCK, PAD_KEYS
 
 
 def hexagonal(n: int, step: int = 200) -> np.ndarray:
@@ -54,6 +59,47 @@ def test_nearest_is_exact_and_breaks_ties_by_index(shape, k):
 def test_nearest_equals_brute_force(n, k, spread, seed):
     coords = np.random.default_rng(seed).integers(0, spread, (n, 2))
     np.testing.assert_array_equal(nearest(coords, k), brute_force(coords, k))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    places=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=40),
+    times=st.integers(1, 12),
+    k=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+def test_nearest_of_coincident_spots_equals_brute_force(places, times, k, seed):
+    coords = np.random.default_rng(seed).permutation(np.repeat(np.array(places) * 100, times, axis=0))
+    np.testing.assert_array_equal(nearest(coords, k), brute_force(coords, k))
+
+
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(2, 200), k=st.integers(1, 40), seed=st.integers(0, 99), queried=st.sampled_from([1, 60, 1000]))
+def test_how_many_are_looked_at_at_a_time_changes_nothing(n, k, seed, queried):
+    coords = np.random.default_rng(seed).integers(0, 9, (n, 2))
+    plan = plan_blocks([coords], k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, "QUERIED", queried)
+        again = plan_blocks([coords], k)
+    for field in ("spot", "row", "key_start", "key_row", "place"):
+        np.testing.assert_array_equal(getattr(again, field), getattr(plan, field))
+
+
+MANY_AT_ONE_PLACE = """
+import numpy as np, scipy.spatial
+from stpath_runtime.encoding import neighbors
+from stpath_runtime.encoding.neighbors import plan_blocks
+from stpath_runtime.machine import memory_of_process
+before = memory_of_process()
+plan_blocks([np.repeat([[5, 5], [9, 9]], [99_000, 1_000], axis=0)], 32)
+print(memory_of_process() - before)
+"""
+
+
+def test_many_spots_at_one_place_take_no_square_of_memory():
+    """100,000 spots took the square of their number once: 400 GB."""
+    run = subprocess.run([sys.executable, "-c", MANY_AT_ONE_PLACE], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 2**28
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stpath_runtime.bench import alone, measure, roofline, timing
-from stpath_runtime.bench.comparison import Pair, pairs, warn_of_differences
-from stpath_runtime.bench.results import Results, Row
-from stpath_runtime.bench.tables import columns, markdown, notes, three_digits
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_runtime.errors import BackendError, FileError, InputWarning, MemoryLimitError
 from stpath_runtime.manifest import Manifest, ModelConfig
+from stpath_runtime.measures.bench import alone, measure, roofline, timing
+from stpath_runtime.measures.bench.comparison import Pair, pairs, warn_of_differences
+from stpath_runtime.measures.bench.results import Results, Row
+from stpath_runtime.measures.bench.tables import columns, markdown, notes, three_digits
 
 A = Row("encode", backend="onnxruntime", attention="global", spots=500)
 B = replace(A, backend="openvino", precision="bf16")
@@ -90,10 +90,13 @@ def test_results_come_back_from_their_file(tmp_path):
         (lambda found: "not JSON", "not a result"),
         (lambda found: [], "not a result"),
         (lambda found: {**found, "schema": 2}, "newer"),
-        (lambda found: {**found, "versions": {"numpy": 2}}, "a field is missing"),
+        (lambda found: {**found, "versions": {"numpy": 2}}, r"versions\['numpy'\] is 2, not text"),
         (lambda found: {**found, "more": 1}, "more"),
         (lambda found: {**found, "rows": [{**found["rows"][0], "seconds": [0]}]}, "above 0"),
-        (lambda found: {**found, "rows": [{**found["rows"][0], "seconds": [float("nan")]}]}, "above 0"),
+        (
+            lambda found: {**found, "rows": [{**found["rows"][0], "seconds": [float("nan")]}]},
+            "is nan, not a finite number",
+        ),
         (lambda found: {**found, "rows": [{**found["rows"][0], "spots": "many"}]}, "spots is 'many'"),
         (lambda found: {**found, "rows": found["rows"] * 2}, "stand twice"),
     ],

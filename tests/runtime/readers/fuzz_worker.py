@@ -27,9 +27,11 @@ import numpy as np
 from readers_helpers import BARCODES, COORDS, FEATURES, HDF5_FAULTS
 
 from stpath_runtime import InputError, InputWarning, Slide, read_slide
+from stpath_runtime.machine import memory_of_process
 from stpath_runtime.manifest import Manifest
-from stpath_runtime.readers import open_prediction, read_context
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.readers import read_context
+from stpath_runtime.results.reading import open_prediction
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 
 GIB = 2**30
 ADDRESS_SPACE = 8 * GIB  # stops what runs away; what is judged is the memory that was used
@@ -256,8 +258,7 @@ def main() -> None:
         report("begin", case, original.name)
         start = time.monotonic()
         outcome = run(case, original, scratch, mutated=case >= len(kinds))
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        report("end", case, f"{time.monotonic() - start:.3f}", used, outcome)
+        report("end", case, f"{time.monotonic() - start:.3f}", memory_of_process(), outcome)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from shapely import box
 from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 
-from stpath_runtime.readers import open_prediction
+from stpath_runtime.results.reading import open_prediction
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((5, 8)).astype(np.float32)

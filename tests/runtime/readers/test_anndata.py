@@ -10,11 +10,16 @@ import pandas as pd
 import pytest
 import zarr
 from anndata import AnnData
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from readers_helpers import BARCODES, COORDS, FEATURES, make_anndata, read_prediction, write_anndata, write_hdf5
 from scipy.sparse import csc_matrix, csr_matrix
 
 from stpath_runtime import InputError, read_slide
 from stpath_runtime.readers import read_context
+from stpath_runtime.slides.vocabulary import GeneVocabulary
+
+GENES = GeneVocabulary(["ENSG01", "ENSG02"], ["A", "B"], [[], []])
 
 KINDS = ("s.h5ad", "s.v2.zarr", "s.v3.zarr", "s.v2.zarr.zip", "s.v3.zarr.zip")
 
@@ -107,6 +112,37 @@ def test_context(kind, tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+NUMBERS = st.integers(-(2**62), 2**62)
+INDEXES = {
+    "numbers": st.lists(NUMBERS, min_size=5, max_size=5, unique=True),
+    "floats": st.lists(st.integers(-99, 99).map(lambda n: n / 4), min_size=5, max_size=5, unique=True),
+    "text": st.lists(
+        st.sampled_from(["0", "1", "2", "3", "NA", "nan", "None", "", "été", "é", "a b", "1.0", "True"]),
+        min_size=5,
+        max_size=5,
+        unique=True,
+    ),
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(kind=st.sampled_from(["h5ad", "v2.zarr", "v3.zarr"]), index=st.one_of(*INDEXES.values()), data=st.data())
+def test_a_name_of_a_file_is_never_a_position(kind, index, data, tmp_path_factory):
+    """Names of slide and context as text, whatever anndata writes them as, and each spot's own counts."""
+    folder = tmp_path_factory.mktemp("names")
+    adata = make_anndata()
+    adata.obs.index = index
+    slide = read_slide(write_anndata(adata, folder / f"slide.{kind}"))
+    assert slide.obs_names == [str(name) for name in index]
+    rows = data.draw(st.lists(st.integers(0, 4), min_size=1, unique=True))
+    counts = AnnData(np.array(rows, "f4")[:, None] + 1, var=pd.DataFrame(index=["A"]))
+    counts.obs.index = [index[row] for row in rows]
+    context = read_context(write_anndata(counts, folder / f"context.{kind}"))
+    resolved = context.resolve(slide, GENES)
+    assert resolved.spots.tolist() == rows
+    np.testing.assert_allclose(resolved.log_counts.toarray()[:, 0], np.log1p(np.array(rows) + 1), rtol=1e-6)
+
+
 def test_prediction(kind, tmp_path):
     adata = AnnData(FEATURES, obs=pd.DataFrame(index=BARCODES), uns={"stpath": {"engine": "e", "neighbors": 8}})
     adata.obsm["spatial"] = COORDS
@@ -119,7 +155,7 @@ def test_prediction(kind, tmp_path):
 @pytest.mark.parametrize(
     ("uns", "spatial", "message"),
     [
-        ({}, COORDS, "no prediction of stpath predict"),
+        ({}, None, "no prediction of stpath predict"),
         ({"stpath": {}}, None, "no prediction of stpath predict"),
         ({"stpath": "text"}, COORDS, "no prediction of stpath predict"),
     ],

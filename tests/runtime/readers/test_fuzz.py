@@ -27,7 +27,7 @@ from readers_helpers import (
 from scipy.sparse import csr_matrix
 
 from stpath_runtime.manifest import SCHEMA, Manifest, ModelConfig, graph_files
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 
 WORKERS = 2
 SECONDS, MEMORY = 10, 2 * 2**30  # that one file may take

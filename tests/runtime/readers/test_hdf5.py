@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from readers_helpers import BARCODES, COORDS, FEATURES, TRIDENT_COORDS, write_hdf5, write_trident
 
 from stpath_runtime import InputError, InputWarning, read_slide
-from stpath_runtime.slide import Patch
+from stpath_runtime.slides.slide import Patch
 
 LAYOUTS = {
     "hest": {"embeddings": FEATURES, "coords": COORDS, "barcodes": np.array([[b.encode()] for b in BARCODES])},

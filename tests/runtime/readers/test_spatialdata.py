@@ -6,15 +6,19 @@ import shutil
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
+from anndata import AnnData
 from anndata.io import write_elem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers_helpers import COORDS, FEATURES, TILE_SPEC, make_table, make_tiles, write_spatialdata
+from scipy.sparse import csr_matrix
+from spatialdata.models import TableModel
 
 from stpath_runtime import InputError, InputWarning, read_slide
-from stpath_runtime.slide import Patch
+from stpath_runtime.slides.slide import Patch
 
 ORDER = [3, 1, 4, 0, 2]
 
@@ -34,7 +38,9 @@ def test_a_table_of_tiles(name, version, tmp_path):
 @settings(max_examples=5, deadline=None)
 @given(order=st.lists(st.integers(0, 4), min_size=1, unique=True), shuffled=st.permutations(range(5)))
 def test_rows_are_matched_by_id_and_not_by_order(order, shuffled, tmp_path_factory):
-    shapes = {"tiles": make_tiles(COORDS[shuffled], tile_id=np.array(shuffled))}
+    tiles = make_tiles(COORDS[shuffled], tile_id=np.array(shuffled))
+    tiles.index = np.array(shuffled)
+    shapes = {"tiles": tiles}
     tables = {"gigapath_tiles": make_table(order, FEATURES[order])}
     slide = read_slide(write_spatialdata(tmp_path_factory.mktemp("sd") / "s.zarr", tables, shapes))
     np.testing.assert_array_equal(slide.coords, COORDS[order])
@@ -51,6 +57,79 @@ def test_shapes_without_the_column_have_an_index(tmp_path):
     tiles.index = np.array(ORDER)
     path = write_spatialdata(tmp_path / "s.zarr", {"t": make_table(ORDER, instance_key="spot")}, {"tiles": tiles})
     np.testing.assert_array_equal(read_slide(path).coords, COORDS)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    names=st.lists(st.integers(0, 40), min_size=5, max_size=5, unique=True),
+    rows=st.lists(st.integers(0, 4), min_size=1, unique=True),
+    by=st.sampled_from(["index", "column", "both"]),
+    as_text=st.booleans(),
+)
+def test_instances_are_names_in_the_index_or_else_in_the_column(names, rows, by, as_text, tmp_path_factory):
+    """The right places, or a refusal where index and column name different shapes."""
+    names = np.array([f"t{name}" for name in names] if as_text else names)
+    other = np.array([f"o{i}" for i in range(5)] if as_text else range(5))  # as after reset_index
+    tiles = make_tiles(tile_id=names if by != "index" else None)
+    tiles.index = names if by != "column" else other
+    tables = {"t": make_table(names[rows], FEATURES[rows])}
+    path = write_spatialdata(tmp_path_factory.mktemp("sd") / "s.zarr", tables, {"tiles": tiles})
+    ambiguous = by == "column" and set(names[rows]) <= set(other) and (names[rows] != other[rows]).any()
+    if ambiguous:
+        with pytest.raises(InputError, match="both hold the table's instances, and name other shapes"):
+            read_slide(path)
+    else:
+        np.testing.assert_array_equal(read_slide(path).coords, COORDS[rows])
+
+
+def test_text_ids_of_shapes_with_numbers_are_said_to_be(tmp_path):
+    tables = {"t": make_table(np.arange(5).astype(str))}
+    path = write_spatialdata(tmp_path / "s.zarr", tables, {"tiles": make_tiles(tile_id=None)})
+    with pytest.raises(InputError, match="the table's tile_id are text, and those of the shapes are numbers"):
+        read_slide(path)
+
+
+def test_x_and_y_are_places_only_where_the_store_says_so(tmp_path):
+    """Columns of that name may be positions in an array of spots: the geometry has the places."""
+    tiles = make_tiles(x=np.arange(5) % 2, y=np.arange(5) // 2)
+    path = write_spatialdata(tmp_path / "visium.zarr", shapes={"tiles": tiles}, attrs={})
+    np.testing.assert_array_equal(read_slide(path).coords, COORDS)
+
+
+def test_features_in_obsm_of_a_table(tmp_path):
+    counts, of_genes = make_table(range(5), csr_matrix(np.eye(5, 300, dtype="f4"))), make_table(range(5))
+    counts.obsm["gigapath"], counts.obsm["uni"] = FEATURES, FEATURES[:, :3]
+    of_genes.obsm["uni"] = FEATURES[:, :2]
+    path = write_spatialdata(tmp_path / "s.zarr", {"counts": counts, "genes": of_genes})
+    np.testing.assert_array_equal(read_slide(path, features_key="gigapath").features, FEATURES)
+    np.testing.assert_array_equal(read_slide(path, features_key="genes/uni").features, FEATURES[:, :2])
+    with pytest.raises(InputError, match=r"'uni' names several features; say which .*: counts/uni, genes/uni"):
+        read_slide(path, features_key="uni")
+    with pytest.raises(InputError, match=r"0.3% filled.*it holds: gigapath \[5, 8\], uni \[5, 3\]"):
+        read_slide(path, features_key="counts")
+    with pytest.raises(InputError, match=r"did you mean gigapath.*counts \[5, 300\] \(obsm: gigapath \[5, 8\]"):
+        read_slide(path, features_key="gigapat")
+
+
+def test_a_table_that_annotates_nothing_has_its_own_places(tmp_path):
+    table = AnnData(FEATURES, obs=pd.DataFrame(index=list("abcde")), obsm={"spatial": COORDS})
+    slide = read_slide(write_spatialdata(tmp_path / "s.zarr", {"t": TableModel.parse(table)}))
+    np.testing.assert_array_equal(slide.coords, COORDS)
+    np.testing.assert_array_equal(slide.features, FEATURES)
+    assert slide.obs_names == list("abcde")
+    del table.obsm["spatial"]
+    path = write_spatialdata(tmp_path / "nowhere.zarr", {"t": TableModel.parse(table)})
+    with pytest.raises(InputError, match="the table 't' annotates no shapes and has no obsm"):
+        read_slide(path, features_key="t")
+
+
+def test_a_table_of_two_regions_is_said_to_be(tmp_path):
+    regions = pd.Categorical(["a", "a", "b", "b", "b"])
+    obs = pd.DataFrame({"region": regions, "spot": [0, 1, 0, 1, 2]}, index=list("vwxyz"))
+    table = TableModel.parse(AnnData(FEATURES, obs=obs), region=["a", "b"], region_key="region", instance_key="spot")
+    shapes = {"a": make_tiles(tile_id=None), "b": make_tiles(tile_id=None)}
+    with pytest.raises(InputError, match="annotates 'a', 'b'; .*save the rows of each as a table of its own"):
+        read_slide(write_spatialdata(tmp_path / "s.zarr", {"t": table}, shapes))
 
 
 def test_several_tables(tmp_path):
@@ -71,7 +150,7 @@ def test_faults(tmp_path):
         read_slide(write_spatialdata(tmp_path / "none.zarr", {}))
     path = write_spatialdata(tmp_path / "strangers.zarr", {"t": make_table([0, 1, 2, 3, 9])})
     with pytest.raises(
-        InputError, match=r"1 of 5 rows of the table are not in 'shapes/tiles', the first has the tile_id 9"
+        InputError, match=r"'shapes/tiles': 1 of 5 rows of the table are not in it, the first has the tile_id 9"
     ):
         read_slide(path)
     path = write_spatialdata(tmp_path / "twice.zarr", shapes={"tiles": make_tiles(tile_id=np.array([0, 1, 2, 3, 3]))})

@@ -14,11 +14,13 @@ import spatialdata
 import zarr
 
 from helpers import write_slide
-from stpath_runtime import Context, Engine, InputError, encoder
-from stpath_runtime.cli import main
-from stpath_runtime.output import Format, is_prediction, remove, written_whole
-from stpath_runtime.slide import Patch, Slide
-from stpath_runtime.targets import sized
+from stpath_runtime import Context, Engine, InputError
+from stpath_runtime.cli.app import main
+from stpath_runtime.encoding import decoder, tiles
+from stpath_runtime.files import remove, written_whole
+from stpath_runtime.results.output import Format, is_prediction
+from stpath_runtime.results.targets import sized
+from stpath_runtime.slides.slide import Patch, Slide
 
 SUFFIX = {Format.H5AD: ".h5ad", Format.ZARR: ".zarr", Format.SPATIALDATA: ".sd.zarr"}
 READ = {
@@ -47,12 +49,12 @@ def form(request) -> Format:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_every_format_holds_what_predict_returns(engine, slide, form, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 64)  # 4 x 3 tiles
-    monkeypatch.setattr(encoder, "ENOUGH_BYTES", 1024)
+    monkeypatch.setattr(decoder, "GENES_AT_ONCE", 64)  # 4 x 3 tiles
+    monkeypatch.setattr(tiles, "MOST_BYTES", 1024)
     expected = engine.predict(slide, embeddings=True)
     seen = []
     path = tmp_path / f"p{SUFFIX[form]}"
-    (prediction,) = engine.encode([slide], embeddings=True)
+    (prediction,) = engine.predict_many([slide], embeddings=True)
     prediction.write(path, form, dtype, lambda *progress: seen.append(progress))
     found = READ[form](path)
     assert found.X.dtype == dtype
@@ -70,7 +72,7 @@ def test_every_format_holds_what_predict_returns(engine, slide, form, dtype, tmp
 
 
 def test_tools_open_the_files(engine, slide, tmp_path):
-    (prediction,) = engine.encode([slide])
+    (prediction,) = engine.predict_many([slide])
     prediction.write(tmp_path / "p.h5ad")
     backed = anndata.read_h5ad(tmp_path / "p.h5ad", backed="r")
     np.testing.assert_array_equal(backed[:7, 3].X, prediction.to_anndata().X[:7, 3:4])
@@ -83,7 +85,7 @@ def test_tools_open_the_files(engine, slide, tmp_path):
 
 
 def test_chunks_serve_one_gene_and_one_region(engine, slide, tmp_path):
-    (prediction,) = engine.encode([slide])
+    (prediction,) = engine.predict_many([slide])
     prediction.write(tmp_path / "p.h5ad")
     prediction.write(tmp_path / "p.zarr", Format.ZARR)
     with h5py.File(tmp_path / "p.h5ad") as file:
@@ -95,7 +97,7 @@ def test_chunks_serve_one_gene_and_one_region(engine, slide, tmp_path):
 @pytest.mark.parametrize("patch", [None, Patch(224, 20.0, 448, 40.0)])
 def test_spatialdata_has_a_shape_for_every_spot(engine, slide, patch, tmp_path):
     of_patches = Slide(slide.coords, slide.features, slide.barcodes, patch=patch)
-    (prediction,) = engine.encode([of_patches], genes=["GENE1"])
+    (prediction,) = engine.predict_many([of_patches], genes=["GENE1"])
     prediction.write(tmp_path / "p.zarr", Format.SPATIALDATA)
     found = spatialdata.read_zarr(tmp_path / "p.zarr")
     shapes, table = spatialdata.match_element_to_table(found, "spots", "stpath")
@@ -113,7 +115,7 @@ def test_spatialdata_has_a_shape_for_every_spot(engine, slide, patch, tmp_path):
 
 def test_one_spot_of_one_gene_in_every_format(engine, form, tmp_path):
     one = Slide([[5, 5]], np.ones((1, 96), np.float32))
-    (prediction,) = engine.encode([one], genes=["GENE7"])
+    (prediction,) = engine.predict_many([one], genes=["GENE7"])
     prediction.write(tmp_path / "p.zarr" if form is not Format.H5AD else tmp_path / "p.h5ad", form)
     assert READ[form](next(tmp_path.iterdir())).shape == (1, 1)
 
@@ -156,15 +158,16 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
 """
 KILLED = """
 import os, signal
-from stpath_runtime import encoder
-tiles = encoder.decode
+from stpath_runtime.encoding import decoder
+from stpath_runtime.results import prediction
+tiles = decoder.decode
 def decode(*given):
-    encoder.GENES_AT_ONCE = 64
+    decoder.GENES_AT_ONCE = 64
     for i, tile in enumerate(tiles(*given)):
         if i == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         yield tile
-encoder.decode = decode
+prediction.decode = decode
 """
 
 
@@ -208,7 +211,7 @@ def test_a_folder_takes_the_place_of_a_folder(tmp_path):
 
 def test_spatialdata_says_what_to_install(engine, slide, monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    (prediction,) = engine.encode([slide], genes=["GENE1"])
+    (prediction,) = engine.predict_many([slide], genes=["GENE1"])
     with pytest.raises(InputError, match=r"pip install 'stpath-engine\[spatialdata\]'"):
         prediction.write(tmp_path / "p.zarr", Format.SPATIALDATA)
     assert list(tmp_path.iterdir()) == []
@@ -221,16 +224,17 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from stpath_runtime import Engine, Slide
-from stpath_runtime.output import Format
-from stpath_runtime.prediction import Prediction, new_frame
+from stpath_runtime.results.output import Format
+from stpath_runtime.results.prediction import Prediction, new_frame
 engine, out, form = Engine.load(sys.argv[1]), Path(sys.argv[2]), Format(sys.argv[3])
+head = engine.backend, engine.precision
 n, tokens = 100_000, np.tile(engine.vocabulary.all_tokens(), 10)
 slide = Slide(np.zeros((n, 2), np.int32), np.zeros((n, 1), np.float16))
 frame = new_frame(slide, [str(i) for i in range(2000)], engine.vocabulary.gene_ids(tokens), {}, None)
 embedding = np.zeros((n, 64), np.float32)
-Prediction(engine, frame[:2000].copy(), embedding[:2000], tokens).write(out / f"few{form.suffix}", form)
+Prediction(*head, frame[:2000].copy(), embedding[:2000], tokens).write(out / f"few{form.suffix}", form)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-Prediction(engine, frame, embedding, tokens).write(out / f"p{form.suffix}", form)
+Prediction(*head, frame, embedding, tokens).write(out / f"p{form.suffix}", form)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     for form in (Format.H5AD, Format.ZARR):

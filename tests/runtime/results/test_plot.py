@@ -7,7 +7,7 @@ import pytest
 from anndata import AnnData
 
 from stpath_runtime import InputError
-from stpath_runtime.plot import _columns, plot_genes
+from stpath_runtime.results.plot import _columns, plot_genes
 
 SHAPES = {
     "one spot": [[5, 5]],

@@ -16,10 +16,12 @@ import onnxruntime
 import pytest
 
 from helpers import copy_with_knn, texts
-from stpath_runtime import Engine, InputError, Slide, triton
-from stpath_runtime.cli import main
-from stpath_runtime.encoder import NearestSpots, Spots
-from stpath_runtime.triton import write_model_repository
+from stpath_runtime import Engine, InputError, Slide
+from stpath_runtime.cli.app import main
+from stpath_runtime.encoding.keys import NearestSpots, Spots, keys_of
+from stpath_runtime.errors import InputWarning
+from stpath_runtime.serving import repository as triton
+from stpath_runtime.serving.repository import write_model_repository
 
 DATA_TYPES = {"TYPE_FP32": np.float32, "TYPE_FP16": np.float16, "TYPE_INT64": np.int64, "TYPE_BOOL": np.bool_}
 
@@ -90,7 +92,7 @@ def test_fused_graph_gives_the_engines_numbers(engine, repository, slide, tmp_pa
         onnxruntime.InferenceSession(shutil.copytree(repository / name, tmp_path / name) / "1" / "model.onnx")
         for name in ("stpath_tokens", fused_name(engine))
     )
-    keys = engine.keys([slide], Spots.of([slide], [None]), *engine.attention(None, None))
+    keys = keys_of([slide], Spots.of([slide], [None]), engine.manifest.model, "fp32", engine.attention())
     spots = keys.spots(slice(0, keys.rows))
     coords = {"coords": slide.normalized_coords().astype(np.float32)}
     (gene_rows,) = tokens.run(None, {"values": np.ones((1, 1), np.float32), "token_ids": np.array([1])})
@@ -212,7 +214,7 @@ def server_log() -> list[str]:
 @pytest.fixture
 def served(repository, server_log, monkeypatch):
     """The repository's model.py, loaded as Triton does, from the file of which it is a copy: coverage follows that."""
-    packaged = Path(triton.__file__).with_name("triton_model.py")
+    packaged = Path(triton.__file__).with_name("model.py")
     assert (repository / "stpath" / "1" / "model.py").read_bytes() == packaged.read_bytes()
     stand_in = ModuleType("triton_python_backend_utils")
     stand_in.Tensor, stand_in.TritonError = Tensor, TritonError
@@ -220,7 +222,7 @@ def served(repository, server_log, monkeypatch):
     stand_in.get_input_tensor_by_name = lambda request, name: request.get(name)
     stand_in.Logger = SimpleNamespace(log_error=server_log.append)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", stand_in)
-    spec = importlib.util.spec_from_file_location("stpath_runtime.triton_model", packaged)
+    spec = importlib.util.spec_from_file_location("stpath_runtime.serving.model", packaged)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     model = module.TritonPythonModel()
@@ -235,16 +237,20 @@ def a_request(slide: Slide, **changed) -> dict[str, Tensor]:
 
 
 def test_served_model_gives_the_engines_numbers(engine, served, slide):
-    panel = a_request(slide, genes=texts("GENE7", "ALIAS3", "GENE7"), organ=texts("kidney"), technology=texts("ST"))
+    panel = a_request(
+        slide, genes=texts("GENE7", "ALIAS3", "GENE7", "GENE3"), organ=texts("kidney"), technology=texts("ST")
+    )
     everything = a_request(slide, genes=texts("all"))
-    first, second = served.execute([panel, everything])
+    with pytest.warns(InputWarning, match="more than once"):
+        first, second = served.execute([panel, everything])
     for response in (first, second):
         assert response.error is None
-        assert [tensor.name for tensor in response.tensors] == ["expression"]
+        assert [tensor.name for tensor in response.tensors] == ["expression", "columns"]
     renal = dataclasses.replace(slide, organ="Kidney", technology="Spatial Transcriptomics")
     plain = dataclasses.replace(slide, organ=None, technology=None)
     two = engine.predict(renal, genes=["GENE7", "GENE3"]).X
-    np.testing.assert_array_equal(first.tensors[0].array, two[:, [0, 1, 0]])  # a column for each name, in order
+    np.testing.assert_array_equal(first.tensors[0].array, two)  # a column for each gene, in the order asked
+    assert first.tensors[1].array.tolist() == [b"GENE7", b"ALIAS3"]
     np.testing.assert_array_equal(second.tensors[0].array, engine.predict(plain).X)
     assert second.tensors[0].array.dtype == np.float32
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given
+from anndata import AnnData
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import sparse
 
 from helpers import made_up_vocabulary
 from stpath_runtime import Context, InputError, Slide
-from stpath_runtime.context import choose_spots
 from stpath_runtime.errors import InputWarning
+from stpath_runtime.readers import read_context
+from stpath_runtime.slides.context import choose_spots
 
 GENES = made_up_vocabulary(12)
 SLIDE = Slide(np.arange(12).reshape(6, 2), np.ones((6, 3), np.float32), [f"spot{i}" for i in range(6)], name="s1")
@@ -58,6 +62,68 @@ def test_unknown_genes_of_a_context_are_left_out_with_a_warning():
     assert rows.tokens.tolist() == [2, 5]
 
 
+def test_spots_that_the_slide_does_not_have_are_left_out_and_said():
+    with pytest.warns(InputWarning, match="1 of its 3 spots are not in the slide .* the first is 'x'; 2 are used"):
+        rows = Context(["spot4", "x", "spot1"], [[1.0], [2.0], [3.0]], ["GENE0"]).resolve(SLIDE, GENES)
+    assert rows.spots.tolist() == [4, 1]
+    np.testing.assert_allclose(rows.log_counts.toarray(), np.log1p([[1.0], [3.0]]), rtol=1e-6)
+
+
+SPARSE = [getattr(sparse, f"{kind}_{what}") for kind in ("csr", "csc", "coo", "lil", "dok", "dia", "bsr")
+          for what in ("matrix", "array")]  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=hnp.arrays(np.int64, st.tuples(st.integers(1, 6), st.integers(1, 4)), elements=st.integers(0, 9)),
+    kind=st.sampled_from([np.asarray, np.asmatrix, np.asfortranarray, *SPARSE]),
+    dtype=st.sampled_from(["<f4", ">f4", "<f8", ">f8", "<i4", ">i4", "<u2", "?"]),
+    unsorted=st.booleans(),
+)
+def test_counts_as_libraries_hand_them(counts, kind, dtype, unsorted):
+    """Every sparse format, any byte order, read-only and unsorted: the same numbers, and the caller's are untouched."""
+    counts = counts.astype(dtype)
+    native = kind(counts.astype(counts.dtype.newbyteorder("=")))
+    handed = kind(counts) if not sparse.issparse(native) else native
+    parts = [getattr(handed, name) for name in ("data", "indices", "indptr") if hasattr(handed, name)]
+    if unsorted and handed.__class__.__name__.startswith(("csr", "csc")):
+        for i in range(len(handed.indptr) - 1):
+            row = slice(handed.indptr[i], handed.indptr[i + 1])
+            handed.indices[row], handed.data[row] = handed.indices[row][::-1].copy(), handed.data[row][::-1].copy()
+        handed.has_sorted_indices = False
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            part.flags.writeable = False
+    before = [part.tobytes() for part in parts if isinstance(part, np.ndarray)]
+    genes = [f"GENE{i}" for i in range(counts.shape[1])]
+    rows = Context(range(len(counts)), handed, genes).resolve(SLIDE, GENES)
+    exact = np.log1p(counts.astype(np.float64))
+    np.testing.assert_allclose(rows.log_counts.toarray(), exact, rtol=1e-6)
+    assert rows.log_counts.dtype == np.float32
+    assert rows.log_counts.data.dtype.isnative
+    assert [part.tobytes() for part in parts if isinstance(part, np.ndarray)] == before
+
+
+def test_an_anndata_in_memory_is_the_context_that_its_file_is(tmp_path):
+    counts = sparse.random(4, 3, 0.5, "csr", "f4", rng=0)
+    counts.data = np.ceil(counts.data * 9)
+    obs, var = pd.DataFrame(index=["spot1", "spot0", "spot3", "spot5"]), pd.DataFrame(index=["GENE1", "GENE0", "GENE4"])
+    adata = AnnData(counts, obs=obs, var=var, layers={"twice": 2 * counts})
+    adata.write_h5ad(tmp_path / "c.h5ad")
+    backed = anndata.read_h5ad(tmp_path / "c.h5ad", backed="r")
+    expected = read_context(tmp_path / "c.h5ad").resolve(SLIDE, GENES)
+    for held in (adata, adata[:, :], backed):
+        rows = Context.from_anndata(held).resolve(SLIDE, GENES)
+        np.testing.assert_array_equal(rows.spots, expected.spots)
+        np.testing.assert_array_equal(rows.log_counts.toarray(), expected.log_counts.toarray())
+    twice = Context.from_anndata(adata, layer="twice").resolve(SLIDE, GENES).log_counts.toarray()
+    np.testing.assert_allclose(np.expm1(twice), 2 * np.expm1(expected.log_counts.toarray()), rtol=1e-5)
+    with pytest.raises(InputError, match="no layer 'twic' .did you mean twice"):
+        Context.from_anndata(adata, layer="twic")
+    with pytest.raises(InputError, match="holds no X"):
+        Context.from_anndata(AnnData(obs=obs))
+
+
 def test_counts_that_look_log_transformed_warn():
     with pytest.warns(InputWarning, match="no whole numbers"):
         Context([0], np.log1p([[1.0, 2.0]]), ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
@@ -68,7 +134,8 @@ def test_counts_that_look_log_transformed_warn():
     [
         ([0, 1], [[1.0]], ["GENE0"], r"\[1, 1\]; expected \[2 spots, 1 genes\]"),
         ([0], [[1.0, 2.0]], ["GENE0"], "expected"),
-        (["spot9", "spot1"], [[1.0], [2.0]], ["GENE0"], "1 of 2 barcodes are not in the slide, the first is 'spot9'"),
+        (["spot9", "spot8"], [[1.0], [2.0]], ["GENE0"], "none of its 2 barcodes is in the slide, the first is 'spot9'"),
+        (["spot1", "spot1"], [[1.0], [2.0]], ["GENE0"], "spot 'spot1' stands twice"),
         ([6], [[1.0]], ["GENE0"], "spot 6 is not in 0..5"),
         ([-1], [[1.0]], ["GENE0"], "spot -1"),
         ([1, 1], [[1.0], [2.0]], ["GENE0"], "twice"),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 
+import anndata
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given
+from anndata import AnnData
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import sparse
 
-from stpath_runtime import InputError, InputWarning, Slide
-from stpath_runtime.slide import Patch
+from stpath_runtime import InputError, InputWarning, Slide, read_slide
+from stpath_runtime.slides.slide import Patch
 
 
 def slide(n: int = 4, **changes) -> Slide:
@@ -31,6 +36,7 @@ def test_the_golden_coordinates_are_the_published_ones(golden):
         np.testing.assert_allclose(found.normalized_coords(), published, atol=1e-5)  # published in float32
 
 
+@pytest.mark.filterwarnings("ignore:.*at one place")
 @given(
     hnp.arrays(
         st.sampled_from([np.int32, np.int64, np.uint16, np.float16, np.float32, np.float64]),
@@ -46,6 +52,96 @@ def test_any_coordinates_normalise_to_0_100_and_are_left_as_they_are(coords):
         assert found[:, axis].min() == 0
         assert found[:, axis].max() == (100 if np.ptp(coords[:, axis].astype(float)) > 0 else 0)
     np.testing.assert_array_equal(coords, before)
+
+
+TYPES = ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8", "<i4", ">i4", "|u1", ">u2"]
+HANDED_OVER = {
+    "as it is": lambda array: array,
+    "in Fortran's order": np.asfortranarray,
+    "a part of another": lambda array: np.concatenate([array, array], axis=1)[:, : array.shape[1]],
+    "a table": pd.DataFrame,
+    "a matrix": np.asmatrix,
+    "sparse": sparse.csc_array,
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=hnp.arrays(np.int64, st.tuples(st.integers(1, 9), st.integers(2, 5)), elements=st.integers(0, 200)),
+    dtype=st.sampled_from(TYPES),
+    way=st.sampled_from(list(HANDED_OVER)),
+    writeable=st.booleans(),
+)
+def test_arrays_as_libraries_hand_them_are_made_native_and_own(values, dtype, way, writeable):
+    given_array = values.astype(dtype)
+    if way == "sparse" and (dtype == "<f2" or not given_array.dtype.isnative):
+        way = "as it is"  # scipy makes none of these
+    handed = HANDED_OVER[way](given_array)
+    if isinstance(handed, np.ndarray):
+        handed.flags.writeable = writeable
+    found = Slide(coords=values[:, :2].astype(dtype), features=handed)
+    for array in (found.coords, found.features):
+        assert array.dtype.isnative
+        assert array.flags.c_contiguous
+        assert not array.flags.writeable
+    np.testing.assert_array_equal(found.features, values)
+    np.testing.assert_array_equal(found.coords, values[:, :2])
+    np.testing.assert_array_equal(given_array, values)
+    if isinstance(handed, np.ndarray):
+        assert handed.flags.writeable == writeable
+        if writeable:
+            handed[...] = 0
+            np.testing.assert_array_equal(found.features, values)  # a later change is not the slide's
+
+
+def test_an_array_that_nobody_writes_to_is_not_copied():
+    features = np.ones((4, 3), np.float32)
+    features.flags.writeable = False
+    assert slide(features=features).features is features
+    again = dataclasses.replace(slide(features=features), organ="Brain")
+    assert again.features is features
+
+
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize("key", [None, "uni"])
+def test_an_anndata_in_memory_is_what_its_file_is(backed, key, tmp_path):
+    rng = np.random.default_rng(0)
+    features, coords = rng.standard_normal((12, 7)).astype(np.float32), rng.integers(0, 999, (12, 2))
+    obsm = {"spatial": coords, "uni": features[:, :3].astype(np.float64)}
+    adata = AnnData(features, obs=pd.DataFrame(index=[f"s{i}" for i in range(12)]), obsm=obsm)[2:]
+    adata.copy().write_h5ad(tmp_path / "s.h5ad")
+    read = read_slide(tmp_path / "s.h5ad", features_key=key, organ="kidney")
+    held = anndata.read_h5ad(tmp_path / "s.h5ad", backed="r") if backed else adata
+    made = Slide.from_anndata(held, features_key=key, organ="kidney")
+    np.testing.assert_array_equal(made.features, read.features)
+    np.testing.assert_array_equal(made.coords, read.coords)
+    assert (made.barcodes, made.organ, made.features.dtype) == (read.barcodes, "Kidney", read.features.dtype)
+
+
+@pytest.mark.parametrize(
+    ("changed", "key", "message"),
+    [
+        ({"obsm": {}}, None, r"no coordinates; expected obsm\['spatial'\]"),
+        ({}, "unii", r"no obsm\['unii'\] .did you mean uni"),
+        ({"X": None}, None, r"no X; say which of obsm .* uni \[12, 3\]"),
+        ({"X": sparse.random(12, 99, 0.02, "csr", "f4")}, None, "2.0% filled, as counts are.*uni"),
+    ],
+)
+def test_an_anndata_that_is_no_slide(changed, key, message):
+    parts = {"X": np.ones((12, 4), np.float32), "obsm": {"spatial": np.eye(12, 2), "uni": np.ones((12, 3))}}
+    with pytest.raises(InputError, match=message):
+        Slide.from_anndata(AnnData(**(parts | changed)), features_key=key)
+
+
+def test_slides_that_are_hardly_meant_warn_once():
+    features, coords = np.ones((20, 3), np.float32), np.arange(40).reshape(20, 2)
+    features[10:] = 0
+    with pytest.warns(InputWarning, match="the features of 10 of its 20 spots are all zero") as caught:
+        slide(20, features=features, coords=coords)
+    assert len(caught) == 1
+    with pytest.warns(InputWarning, match=r"all 20 spots are at one place \(7, 8\)") as caught:
+        slide(20, features=np.ones((20, 3)), coords=np.full((20, 2), [7, 8]))
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stpath_runtime.errors import InputError
-from stpath_runtime.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary, organ_token, technology_token
+from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary, organ_token, technology_token
 
 named_organs = [organ for organ in ORGANS if not organ.startswith("<")]
 named_technologies = [t for t in TECHNOLOGIES if not t.startswith("<")]
@@ -131,3 +131,15 @@ def test_an_unknown_organ_is_an_error_and_never_a_pad(name):
 def test_the_nearest_organ_is_named():
     with pytest.raises(InputError, match=r"'Kidny' \(did you mean Kidney"):
         organ_token("Kidny")
+
+
+@pytest.mark.parametrize(
+    ("newer", "older"),
+    [
+        *(("TAFAZZIN", "TAZ"), ("NHERF2", "SLC9A3R2"), ("NHERF4", "PDZD3"), ("BLTP1", "KIAA1109"), ("SKIC2", "SKIV2L")),
+        *(("SKIC3", "TTC37"), ("STEEP1", "CXorf56"), ("EEIG1", "FAM102A"), ("KICS2", "C12orf66")),
+    ],
+)
+def test_newer_symbols_of_hgnc(newer, older):
+    genes = GeneVocabulary.published()
+    assert genes.find(newer) == genes.find(older) is not None

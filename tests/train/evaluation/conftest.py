@@ -8,7 +8,7 @@ import pytest
 import torch
 from evaluation_helpers import fill_store
 
-from stpath_runtime.cli import main
+from stpath_runtime.cli.app import main
 from stpath_train.store import Store
 
 

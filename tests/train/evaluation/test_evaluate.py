@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from helpers import made_up_vocabulary
-from stpath_runtime.context import masked_spots
+from stpath_runtime.slides.context import masked_spots
 from stpath_train.evaluation.clustering import leiden_clusters
 from stpath_train.evaluation.predictor import CheckpointPredictor
 from stpath_train.evaluation.results import Evaluation, write_evaluation

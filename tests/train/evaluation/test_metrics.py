@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stpath_runtime.context import masked_spots
+from stpath_runtime.slides.context import masked_spots
 from stpath_train.evaluation import metrics
 
 # Deviations of 1, 2, 3, 4 from 2.5: -1.5 -0.5 0.5 1.5; of 1, 3, 2, 4: -1.5 0.5 -0.5 1.5. Their products add up to

@@ -10,9 +10,9 @@ import anndata
 import numpy as np
 import pytest
 
-from stpath_runtime.context import Context
 from stpath_runtime.readers import read_slide
-from stpath_runtime.vocabulary import GeneVocabulary
+from stpath_runtime.slides.context import Context
+from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.evaluation.imputation import masked_spots
 from stpath_train.evaluation.metrics import mean, pearson_by_gene
 from stpath_train.evaluation.predictor import CheckpointPredictor

@@ -1,0 +1,5 @@
+"""The command `stpath`."""
+
+from .app import main
+
+__all__ = ["main"]

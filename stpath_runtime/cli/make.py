@@ -1,0 +1,53 @@
+"""The commands that make something of an engine: `build` and `triton`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..progress import progress_bar
+from .options import (
+    count,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+def build(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    backend: Annotated[str, typer.Option(metavar="tensorrt|tensorrt_rtx", help="What to build plans of.")] = "tensorrt",
+    device: Annotated[str, typer.Option(metavar="cuda:N", help="The GPU to build for.")] = "cuda:0",
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="sm_89", help="Build for such a GPU of another machine (TensorRT-RTX)."),
+    ] = None,
+    max_spots: Annotated[
+        int, typer.Option(metavar="N", help="The largest slide for global attention; by kNN larger ones run, too.")
+    ] = 32_768,
+) -> None:
+    """Build TensorRT plans from an engine's graphs, for one generation of GPUs, and keep them in the engine."""
+    from ..backends.plan_builder import Build
+
+    todo = Build.of(engine, backend, device, target, max_spots)
+    what = f"{count(len(todo.ranges), 'plan')} for {todo.target}, slides up to {count(max_spots, 'spot')}"
+    if todo.up_to_date():
+        typer.echo(f"{todo.folder}: {what}, up to date")
+        return
+    typer.echo(f"building {what}; time: {todo.expected()}", err=True)
+    with progress_bar(todo.folder.name) as on_step:
+        plans = todo.run(on_step)
+    typer.echo(f"{todo.folder}: {what} ({plans.seconds():,.1f} s)")
+
+
+def triton(
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    out: Annotated[Path, typer.Option(metavar="MODEL_REPOSITORY", help="The folder to make.")],
+    device: Annotated[str, typer.Option(help="Where Triton runs it: cpu or cuda:N.")] = "cpu",
+) -> None:
+    """Write a model repository for a Triton Inference Server."""
+    from ..serving.repository import write_model_repository
+
+    typer.echo(f"{out}: {', '.join(write_model_repository(engine, out, device))}")

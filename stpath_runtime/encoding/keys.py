@@ -1,0 +1,193 @@
+"""Which spots the rows of a slide stand for, and which rows each tile attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..manifest import ModelConfig
+from ..slides.context import ContextRows
+from ..slides.slide import Slide
+from .attention import Attention
+from .backend import Array, Workspace
+from .neighbors import Plan, plan_blocks
+from .sizes import BLOCK, DTYPES, PAD_KEYS
+
+Floats = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Spots:
+    """Spots of a slide, or of several one after the other, as the stages take them."""
+
+    name: str  # what messages call them
+    features: Floats  # [N, F]
+    coords: npt.NDArray[np.float32]  # [N, 2], normalised for each slide on its own
+    organ: npt.NDArray[np.int64]  # [N], tokens
+    technology: npt.NDArray[np.int64]  # [N], tokens
+    context: list[ContextRows]  # positions among all N spots
+    of_one_slide: bool = True
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of features that are a copy of what the slides hold, for as long as the encoder runs."""
+        return 0 if self.of_one_slide else self.features.nbytes
+
+    @classmethod
+    def of(cls, slides: Sequence[Slide], contexts: Sequence[ContextRows | None]) -> Spots:
+        """Put slides, and the context of each, one after the other; the features of a single one are not copied."""
+        counts = [len(slide) for slide in slides]
+        starts = np.cumsum([0, *counts[:-1]])
+        return cls(
+            name=slides[0].name if len(slides) == 1 else f"{slides[0].name} and {len(slides) - 1} more",
+            features=slides[0].features if len(slides) == 1 else np.concatenate([slide.features for slide in slides]),
+            coords=np.concatenate([slide.normalized_coords() for slide in slides]).astype(np.float32),
+            organ=np.repeat([slide.organ_token for slide in slides], counts),
+            technology=np.repeat([slide.technology_token for slide in slides], counts),
+            context=[
+                ContextRows(rows.spots + start, rows.tokens, rows.log_counts)
+                for rows, start in zip(contexts, starts, strict=True)
+                if rows is not None and len(rows.spots)
+            ],
+            of_one_slide=len(slides) == 1,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """What a tile of rows takes beside its x: the same in every layer."""
+
+    rows: slice
+    inputs: Mapping[str, Array]  # of the block graphs, but for x, k and v
+    keys: npt.NDArray[np.int64] | None  # the rows of k and v that the tile is handed; None means all
+
+
+class Keys(Protocol):
+    """How the rows of x stand for spots, and how a tile of rows gets its keys."""
+
+    graph: str  # the block graphs are named f"{graph}_{layer}"
+    rows: int  # R, of x
+    keys: int  # of k and v: R, and rows that pad
+    unit: int  # a tile is a multiple of so many rows
+    keys_of_tile: int  # rows of k and v that every tile is handed, whatever its size
+    keys_of_row: int  # that a row of a tile attends to, masked ones among them
+    planning_bytes: int  # that finding them took: the system may not have all of it back
+    kept_bytes: int  # of all tiles' inputs
+    row_bytes: int  # what one row of a tile adds to the memory of a block
+
+    def spots(self, rows: slice) -> slice | npt.NDArray[np.int64]:
+        """The spots that some rows stand for."""
+        ...
+
+    def of_spots(self, x: Floats) -> Floats:
+        """The rows of x [R, d] in the order of the spots, [N, d]."""
+        ...
+
+    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
+        """The tiles of some rows, their inputs where the workspace wants them."""
+        ...
+
+
+class AllSpots:
+    """Global attention within one slide: rows are spots, and every tile takes all of them as keys.
+
+    Keys are padded to a multiple of 8, which GPU kernels want, and the padding is masked.
+    """
+
+    graph = "block"
+    unit = PAD_KEYS  # so that a tile's rows begin where memory is aligned
+
+    def __init__(self, spots: Spots, model: ModelConfig, precision: str) -> None:
+        self.rows = len(spots)
+        self.keys = self.keys_of_row = self.keys_of_tile = -(-self.rows // PAD_KEYS) * PAD_KEYS
+        self.planning_bytes = 0
+        self.kept_bytes = self.rows * (2 + 3) * 4  # coordinates, as queries and as keys, and their bias
+        # In float32: scores, bias and their sum for each head, distances and their parts.
+        self.row_bytes = self.keys * (3 * model.n_heads + 4) * 4
+        self._coords = spots.coords
+        self._key_bias = np.zeros(self.keys, np.float32)
+        # Half of the lowest number: a score added to it does not overflow.
+        self._key_bias[self.rows :] = float(np.finfo(DTYPES[precision]).min) / 2
+
+    def spots(self, rows: slice) -> slice:
+        """The same: rows are spots."""
+        return rows
+
+    def of_spots(self, x: Floats) -> Floats:
+        """The same: rows are spots."""
+        return x
+
+    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
+        """All keys for any tile."""
+        key_coords = np.pad(self._coords, ((0, self.keys - self.rows), (0, 0)))
+        shared = {"key_coords": at.keep("key_coords", key_coords), "key_bias": at.keep("key_bias", self._key_bias)}
+        coords = [at.keep(f"coords {i}", self._coords[some]) for i, some in enumerate(rows)]
+        return [Tile(some, {"coords": own, **shared}, None) for some, own in zip(rows, coords, strict=True)]
+
+
+class NearestSpots:
+    """KNN attention: rows are spots in block order, and a tile takes the rows that its blocks name."""
+
+    graph, unit, keys_of_tile = "knn_block", BLOCK, 0
+
+    def __init__(self, spots: Spots, model: ModelConfig, plan: Plan) -> None:
+        self.rows = self.keys = len(plan.spot)
+        self.keys_of_row = -(-int(np.diff(plan.key_start).max()) // PAD_KEYS) * PAD_KEYS
+        # A bit of the mask for each key, and of a block's keys: which rows they are, of the slide and of the tile.
+        self.kept_bytes = self.rows * (self.keys_of_row * (1 + 8 / BLOCK) + (2 + 3) * 8).__ceil__()
+        self.planning_bytes = plan.planning_bytes
+        # In float32: scores, bias and their sum, distances and their parts, and a block's keys shared by its rows.
+        self.row_bytes = self.keys_of_row * ((3 * model.n_heads + 4) * 4 + 1 + 3 * model.d_model * 4 // BLOCK)
+        self._plan = plan
+        self._coords = spots.coords[plan.spot]
+
+    def spots(self, rows: slice) -> npt.NDArray[np.int64]:
+        """The spot of each row; a row that pads a block takes the last spot, and is no key of any."""
+        return self._plan.spot[rows]
+
+    def of_spots(self, x: Floats) -> Floats:
+        """Rows back in the order of the spots."""
+        return x[self._plan.row]
+
+    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
+        """Only the rows of k and v that the tile's blocks name, and which of them each block takes.
+
+        In a workspace whose graphs take all keys at no cost, those name rows of all.
+        """
+        coords, tiles = at.keep("coords", self._coords), []
+        for i, some in enumerate(rows):
+            tile = self._plan.tile(slice(some.start // BLOCK, some.stop // BLOCK))
+            keys = None if at.takes_all_keys else tile.rows
+            index = tile.rows[tile.key_index] if keys is None else tile.key_index
+            inputs = {
+                "coords": coords[some],
+                "key_coords": coords if keys is None else self._coords[keys],
+                "key_index": at.keep(f"key_index {i}", index),
+                "mask": at.keep(f"mask {i}", tile.mask),
+            }
+            tiles.append(Tile(some, inputs, keys))
+        return tiles
+
+    def whole(self) -> dict[str, Floats]:
+        """Coordinates and keys of all rows, for the fused graph."""
+        blocks = self._plan.tile(slice(0, self._plan.blocks))
+        return {"coords": self._coords, "key_index": blocks.rows[blocks.key_index], "mask": blocks.mask}
+
+
+def keys_of(
+    slides: Sequence[Slide], spots: Spots, model: ModelConfig, precision: str, attention: Attention
+) -> AllSpots | NearestSpots:
+    """The keys of slides whose spots are put one after the other; none of another slide is among a spot's."""
+    neighbors = attention.neighbors
+    if attention.kind == "global":
+        if len(slides) == 1:
+            return AllSpots(spots, model, precision)
+        neighbors = max(len(slide) for slide in slides)  # as many as there are: the same as global
+    return NearestSpots(spots, model, plan_blocks([slide.coords for slide in slides], neighbors))

@@ -1,0 +1,22 @@
+"""Sizes of blocks, tiles and chunks, and the types that pass between the stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+BLOCK = 64  # rows of a block; fixed in the exported graphs
+PAD_KEYS = 8  # GPU kernels want the number of keys to be a multiple of 8
+CHUNK = (1_024, 256)  # spots and genes of a chunk of X: 1 MiB, for readers of one gene and for readers of one region
+# A tile reads all its keys once for its queries: 1,024 queries make hundreds of operations of each number read, more
+# than a CPU needs to be kept busy. Larger tiles cost memory and win nothing there.
+MOST_ROWS = 1024
+# What passes between the stages, by precision. In bf16 x stays in float32, and k and v are bfloat16, which NumPy does
+# not have: their bits.
+DTYPES: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.float32}
+KV_DTYPES = {**DTYPES, "bf16": np.uint16}
+MOST_ELEMENTS = 2**31 - 1  # of a tensor: kernels of GPUs count in 32 bits
+MOST_BYTES = 64 << 20  # of a tile of the embed and head stages, which have no keys
+GENES_AT_ONCE = 32 * CHUNK[1]
+DECODED_ROWS = 16 * CHUNK[0]  # of a tile of the head stage, at most

@@ -1,0 +1,1 @@
+"""What a user gets: predictions, written and read back, and maps of them."""
