@@ -51,7 +51,7 @@ def require_folder(out: Path) -> None:
     """
     require_matplotlib()
     if out.exists() and not out.is_dir():
-        raise OutputError(f"--report {out}: a file stands there; give a folder")
+        raise OutputError(f"--report {out}: a file is there; give a folder")
     others = {path.name for path in out.iterdir()} - {PAGE, REPORT, BUNDLE, *FIGURES} if out.exists() else set()
     if others:
         raise OutputError(

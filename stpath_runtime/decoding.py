@@ -52,7 +52,7 @@ def add_genes(
     Raises
     ------
     InputError
-        If the prediction has no embedding, is another engine's, or a gene is unknown; or if it would be written anew
+        If the prediction has no embedding, is another engine's, or a gene is unknown; or if it would be rewritten
         without something that it holds.
     """
     import pandas as pd
@@ -106,11 +106,11 @@ def _gene_ids(engine: Engine, prediction: Path, var: pd.DataFrame) -> list[str]:
 
 
 def _require_nothing_lost(prediction: Path, columns: Iterable[str]) -> None:
-    """Refuse to write anew a file that holds more than stpath wrote, or is of a kind that stpath does not write."""
+    """Refuse to rewrite a file that holds more than stpath wrote, or is of a kind that stpath does not write."""
     with opened(prediction, "a prediction") as source:
         zarr = isinstance(source, ZarrSource)
         if zarr and not prediction.is_dir():
-            raise PredictionError(f"{prediction}: an archive, which is not written anew; give --out, a .zarr or .h5ad")
+            raise PredictionError(f"{prediction}: an archive, which cannot be rewritten; give --out, a .zarr or .h5ad")
         spatial = zarr and "tables" in source.names()
         at = f"tables/{TABLE}/" if spatial else ""
         held = [f"{group}/{name}" for group in DROPPED for name in source.names(f"{at}{group}")]

@@ -385,7 +385,7 @@ def check_slide(slide: Slide, manifest: Manifest) -> None:
     if width != expected:
         fix = "compute the features with that encoder"
         if keys := keys_of_width(slide.name, expected):
-            fix = f"{', '.join(map(repr, keys))} in the file is so wide: name it with --features-key {keys[0]}"
+            fix = f"{', '.join(map(repr, keys))} in the file has that width: name it with --features-key {keys[0]}"
         raise FeaturesError(
             f"{slide.name}: the features are {width:,} wide; the engine expects {expected:,} "
             f"({manifest.encoder}); {fix}"

@@ -97,7 +97,7 @@ def parse_bytes(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(size), re.IGNORECASE | re.ASCII)
     number = int(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     if number <= 0:
-        raise OptionError(f"memory {size!r} is no size; give a number with K, M, G or T, such as 6G")
+        raise OptionError(f"memory {size!r} is not a size; give a number with K, M, G or T, such as 6G")
     return number
 
 

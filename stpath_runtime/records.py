@@ -56,7 +56,7 @@ def record(cls: type[T], json: object, name: str = "") -> T:
     types = get_type_hints(cls)
     known = {field.name: field for field in fields(cls) if field.init}  # type: ignore[arg-type]
     if unknown := [key for key in json if key not in known]:
-        raise ValueError(f"{_inner(name, unknown[0])} is no field that this version knows")
+        raise ValueError(f"{_inner(name, unknown[0])} is not a field that this version knows")
     for field in known.values():
         if field.name not in json and field.default is MISSING and field.default_factory is MISSING:
             raise ValueError(f"{_inner(name, field.name)} is missing")

@@ -174,7 +174,7 @@ def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         refused = isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error)
         why = "it holds more than tensors, and nothing else is unpickled" if refused else "damaged, or another format"
         raise CheckpointError(
-            f"{path}: no state_dict of tensors ({why}); give stfm.pth or a .safetensors file"
+            f"{path}: not a state_dict of tensors ({why}); give stfm.pth or a .safetensors file"
         ) from error
     tensors = isinstance(weights, dict) and all(isinstance(value, Tensor) for value in weights.values())
     named = tensors and all(isinstance(key, str) for key in weights)

@@ -126,7 +126,7 @@ def read_config(path: str | Path) -> TrainConfig:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     try:
         config = TrainConfig.model_validate(raw)
     except ValidationError as error:
@@ -195,10 +195,10 @@ def _flat(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 class _OnceLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key that stands twice, of which YAML would keep the last."""
+    """A SafeLoader that refuses a key that appears twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep) for key, _ in node.value]
         if twice := next((key for key in keys if keys.count(key) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} appears twice", node.start_mark)
         return super().construct_mapping(node, deep)

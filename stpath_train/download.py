@@ -77,7 +77,7 @@ def download(name: str, out: str | Path, *, slides: Sequence[str] = (), patterns
         raise OptionError("--slides and --pattern both say which files to fetch; give one of them")
     asked = [slide for slide in slides if any(sign in slide for sign in "*?[/")]
     if asked:
-        raise OptionError(f"--slides: {asked[0]!r} is no slide's id; give patterns of files with --pattern")
+        raise OptionError(f"--slides: {asked[0]!r} is not a slide's id; give patterns of files with --pattern")
     data_set = DATA_SETS[name]
     require_writable(out)
     of_slides = {slide: [pattern.format(slide) for pattern in data_set.slides] for slide in slides or ["*"]}
@@ -123,5 +123,8 @@ def hub_errors(repo: str, page: str) -> Iterator[None]:
         setting = network_setting_at_fault(error)
         if setting is None and not isinstance(error, unreachable):
             raise
-        fix = setting or "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run again: it goes on"
+        fix = (
+            setting
+            or "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE, and run again: it continues where it stopped"
+        )
         raise DownloadError(f"{repo}: the Hub cannot be reached and the files are not in the cache; {fix}") from error

@@ -222,7 +222,7 @@ def find_targets(patches: Sequence[Path], out: Path) -> list[Path]:
     if is_file and len(patches) > 1:
         raise OutputError(f"--out {out}: one file for {len(patches)} patches files; give a folder")
     if not is_file and out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out}: a file stands there; give a folder, or a name that ends in .h5")
+        raise OutputError(f"--out {out}: a file is there; give a folder, or a name that ends in .h5")
     targets = [out] if is_file else [out / f"{path.stem}.h5" for path in patches]
     inputs = {path.resolve() for path in patches}
     for i, (path, target) in enumerate(zip(patches, targets, strict=True)):
@@ -252,7 +252,7 @@ def check_patches(path: Path) -> int:
         with h5py.File(path, "r") as file:
             if "img" not in file or "coords" not in file:
                 held = ", ".join(sorted(file)) or "nothing"
-                raise FileError(f"{path}: no patches file; expected datasets 'img' and 'coords', found: {held}")
+                raise FileError(f"{path}: not a patches file; expected datasets 'img' and 'coords', found: {held}")
             images, rows = file["img"], {name: len(file[name]) for name in ("coords", *BARCODES) if name in file}
             shape, dtype = images.shape, images.dtype
     except (OSError, TypeError, AttributeError) as error:
@@ -379,14 +379,14 @@ def _from_file(name: str, weights: Path) -> nn.Module:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # PyTorch and safetensors raise errors of their own on a file that is no weights
         why = str(error).strip().splitlines()[0]
-        raise EncoderError(f"--weights {weights}: no weights of {architecture} ({why})") from error
+        raise EncoderError(f"--weights {weights}: not weights of {architecture} ({why})") from error
     classifiers = model.pretrained_cfg.get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     unexpected = [key for key in unexpected if not key.startswith(tuple(f"{head}." for head in heads))]
     if missing or unexpected:
         key = f"lacks {missing[0]!r}" if missing else f"holds {unexpected[0]!r}"
         raise EncoderError(
-            f"--weights {weights}: no weights of {architecture} ({key}; {len(missing) + len(unexpected):,} in all)"
+            f"--weights {weights}: not weights of {architecture} ({key}; {len(missing) + len(unexpected):,} in all)"
         )
     return model
 

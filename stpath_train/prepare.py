@@ -229,7 +229,7 @@ def _require_units(counts: csr_matrix, units: str) -> None:
         raise DataError("all counts are whole numbers, as raw ones are; leave out --counts log1p")
     if not is_whole(counts) and units == "raw":
         raise DataError(
-            f"counts are no whole numbers (highest {counts.data.max():g}), as if normalised or log-transformed; "
+            f"counts are not whole numbers (highest {counts.data.max():g}), as if normalised or log-transformed; "
             "give raw counts, or --counts log1p where they are log1p of raw counts"
         )
 
@@ -336,7 +336,7 @@ def _outcomes(
             yield slides[future], future.result()
     except BrokenProcessPool as error:
         raise MemoryLimitError(
-            f"{store.path}: a worker ended, killed or out of memory; run again with fewer --workers, it goes on"
+            f"{store.path}: a worker was killed or ran out of memory; run again with fewer --workers, it continues"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -186,7 +186,7 @@ def read_metadata(folder: Path, layout: Layout, path: Path | None) -> DataFrame:
             )
     slides = table[columns["slide"]]
     if slides.duplicated().any():
-        raise DataError(f"{path}: slide {slides[slides.duplicated()].iloc[0]!r} stands twice; keep one row of it")
+        raise DataError(f"{path}: slide {slides[slides.duplicated()].iloc[0]!r} appears twice; keep one row of it")
     return table.set_index(columns["slide"], drop=False)
 
 
@@ -223,7 +223,9 @@ def read_counts(path: Path) -> AnnData:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # anndata's notes on names that stand twice and files of its early versions
+            warnings.simplefilter(
+                "ignore"
+            )  # anndata's notes on names that appear twice and files of its early versions
             adata = _read_csv(path) if path.suffix == ".csv" else anndata.read_h5ad(path)
     except Exception as error:  # anndata raises errors of h5py, pandas and its own on a damaged file
         if isinstance(error, InputError):
@@ -240,8 +242,9 @@ def _read_csv(path: Path) -> AnnData:
     from scipy.sparse import vstack
 
     separator = delimiter_of(_first_line(path))
-    header = next(csv.reader([_first_line(path)], delimiter=separator), [])
-    # Without the header, as pandas would rename a gene that stands twice; names as they are: a spot may be called NA.
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file, delimiter=separator), [])
+    # Without the header, as pandas would rename a gene that appears twice; names as they are: a spot may be called NA.
     types = dict.fromkeys(range(1, len(header) + 1), "float32")
     parts = pd.read_csv(
         path, sep=separator, header=None, skiprows=1, converters={0: str}, dtype=types, chunksize=ROWS_AT_ONCE
@@ -249,9 +252,17 @@ def _read_csv(path: Path) -> AnnData:
     spots: list[str] = []
     counts = []
     for part in parts:
-        spots += list(part[0])
-        counts.append(as_csr(part.iloc[:, 1:].to_numpy(), str(path)))
-    genes = header[-counts[0].shape[1] :]  # R leaves out the name of the first column
+        if part.shape[1] - len(header) not in (0, 1):  # R leaves out the name of the first column
+            raise DataError(f"{path}: {len(header):,} names in its first line, {part.shape[1]:,} columns below")
+        genes = header[len(header) + 1 - part.shape[1] :]
+        # Spreadsheets leave rows and columns of nothing at the end.
+        while genes and not genes[-1]:
+            genes.pop()
+        table = part[(part[0] != "") | part.iloc[:, 1:].notna().any(axis=1)]
+        if table.iloc[:, 1 + len(genes) :].notna().any(axis=None):
+            raise DataError(f"{path}: a column of counts has no gene's name in the first line")
+        spots += list(table[0])
+        counts.append(as_csr(table.iloc[:, 1 : 1 + len(genes)].to_numpy(), str(path)))
     return AnnData(vstack(counts, format="csr"), pd.DataFrame(index=spots), pd.DataFrame(index=genes))
 
 
@@ -359,6 +370,6 @@ def bench_tasks(folder: Path) -> dict[str, Task]:
                 for fold in range(count)
             ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{splits.parent}: no task of HEST-bench ({error}); download it again") from error
+            raise DataError(f"{splits.parent}: not a task of HEST-bench ({error}); download it again") from error
         tasks[splits.parent.name] = Task(genes, folds)
     return tasks

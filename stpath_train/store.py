@@ -69,7 +69,7 @@ class Record:
         if self.counts not in UNITS:
             raise StoreError(f"slide {self.slide}: counts are {' or '.join(UNITS)}, not {self.counts!r}")
         if not self.slide or self.slide != Path(self.slide).name or self.slide.startswith("."):
-            raise StoreError(f"{self.slide!r} is no name of a slide; give one that can name a file")
+            raise StoreError(f"{self.slide!r} cannot name a slide; give one that can name a file")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Store:
             store.require_vocabulary(vocabulary, "the vocabulary given")
             return store
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise OutputError(f"{path}: exists and is no training store; choose another folder")
+            raise OutputError(f"{path}: exists and is not a training store; choose another folder")
         path.mkdir(parents=True, exist_ok=True)
         vocabulary.write(path / GENES)
         store = cls(path, vocabulary, 0, [])
@@ -142,7 +142,7 @@ class Store:
 
         path = Path(path)
         if not (path / STORE).is_file():
-            raise StoreError(f"{path}: no training store (it has no {STORE}); make one with stpath data prepare")
+            raise StoreError(f"{path}: not a training store (it has no {STORE}); make one with stpath data prepare")
         try:
             about = read_record(About, json.loads((path / STORE).read_text()))
             if about.schema > SCHEMA:
@@ -387,7 +387,7 @@ def measured(counts: Any, genes: Sequence[str], vocabulary: GeneVocabulary, name
     Raises
     ------
     InputError
-        If the counts are no matrix of numbers, negative, NaN or infinite, or no gene is known.
+        If the counts are not a matrix of numbers, negative, NaN or infinite, or no gene is known.
     """
     import pandas as pd
     from anndata import AnnData

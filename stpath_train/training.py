@@ -225,7 +225,7 @@ def train(config: TrainConfig) -> Path:
         print(as_yaml(config), flush=True)  # noqa: T201
     last = _last_checkpoint(run.out)
     if last is not None and trainer.is_global_zero:
-        print(f"going on with {last}", flush=True)  # noqa: T201
+        print(f"continuing from {last}", flush=True)  # noqa: T201
         for path in last.parent.glob("last-epoch=*.ckpt"):
             if path != last:  # those that a kill left, of which the run would not know
                 path.unlink()
@@ -428,7 +428,7 @@ def _claim(config: TrainConfig, store: Store) -> None:
         if changed := differences(read_config(out / CONFIG), config):
             raise OutputError(f"{out}: a run with another config ({'; '.join(changed)}); choose another run.out")
     elif out.exists() and (not out.is_dir() or any(path.suffix != ".partial" for path in out.iterdir())):
-        raise OutputError(f"{out}: exists and is no run of stpath; choose another run.out")
+        raise OutputError(f"{out}: exists and is not a run of stpath; choose another run.out")
     if (out / STORE).exists():
         began_with = json.loads((out / STORE).read_text())
         if changed := [name for name in held if held[name] != began_with[name]]:

@@ -33,7 +33,7 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
 
         if stored != "fp32":
             raise BackendError(
-                f"{engine}: an {stored} engine; the backend openvino takes fp32 engines alone, and rounds by itself: "
+                f"{engine}: an {stored} engine; the backend openvino takes fp32 engines only, and rounds by itself: "
                 "export one with --precision fp32, then give --precision bf16"
             )
         return OpenVinoBackend(engine, device, precision or stored)
@@ -44,7 +44,7 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
         )
     if (name, device, stored) == ("onnxruntime", "cpu", "bf16"):
         raise BackendError(
-            f"{engine}: a bf16 engine; ONNX Runtime computes in bfloat16 on GPUs alone: give --device cuda:0, or "
+            f"{engine}: a bf16 engine; ONNX Runtime computes in bfloat16 on GPUs only: give --device cuda:0, or "
             "export one with --precision fp32 and give --backend openvino --precision bf16"
         )
     if name == "onnxruntime" and device == "cpu":

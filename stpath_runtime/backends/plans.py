@@ -89,7 +89,7 @@ class Plans:
         for graph, plan in plans.plans.items():
             for name, shapes in plan.ranges.items():
                 if len(shapes) != 3 or len({len(shape) for shape in shapes}) != 1:
-                    raise ValueError(f"plans[{graph!r}].ranges[{name!r}] is no least, usual and largest shape")
+                    raise ValueError(f"plans[{graph!r}].ranges[{name!r}] is not a least, usual and largest shape")
         return plans
 
     def seconds(self) -> float:

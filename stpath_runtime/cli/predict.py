@@ -180,7 +180,7 @@ def decode(
     engine: EngineFolder,
     genes: Genes,
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A .h5ad or .zarr; left out: the prediction is written anew.")
+        Path | None, typer.Option(metavar="PATH", help="A .h5ad or .zarr; left out: the prediction is rewritten.")
     ] = None,
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
@@ -213,7 +213,7 @@ def _require_context(given: bool, context_spots: str | None, fill_context: bool)
 def _decoded_target(prediction: Path, out: Path | None, form: Format | None) -> tuple[Path, Format]:
     """Where a prediction with more genes goes, and as what: as it was, where nothing else is said."""
     if out is None and form is not None:
-        raise OptionError(f"--format {form}: give --out too; without it {prediction} is written anew as it was")
+        raise OptionError(f"--format {form}: give --out too; without it {prediction} is rewritten as it was")
     if out is None:
         spatial = (prediction / "tables").is_dir()
         return prediction, Format.SPATIALDATA if spatial else Format.ZARR if prediction.is_dir() else Format.H5AD

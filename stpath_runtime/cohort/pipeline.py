@@ -195,7 +195,7 @@ def _read(engine: Engine, job: Job, settings: Settings, identity: dict[str, Any]
             work.end("skipped")
             return work
         if _is_of_others(job.target):
-            raise OutputError(f"{job.target} exists and is no prediction of stpath; move it away")
+            raise OutputError(f"{job.target} exists and is not a prediction by stpath; move it away")
         with work.fetched(job.slide) as path:
             slide = read_slide(path, organ=job.organ, technology=job.technology, features_key=settings.features_key)
         if job.context is not None:

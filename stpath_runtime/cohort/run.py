@@ -169,7 +169,7 @@ def _alone_in(out: str) -> Iterator[None]:
 
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"--out {out}: a file stands there; give a folder")
+        raise OutputError(f"--out {out}: a file is there; give a folder")
     require_writable(folder / SUMMARY)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)

@@ -36,7 +36,7 @@ def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str,
     least = kept + keys.unit * row_bytes
     if memory < least:
         raise MemoryLimitError(
-            f"{name}: {_rounded_down(memory)} of memory do not hold one tile of {keys.rows:,} spots; the least that "
+            f"{name}: {_rounded_down(memory)} of memory cannot hold one tile of {keys.rows:,} spots; the least that "
             f"works is {-(-least // 2**20):,} MiB (--memory)"
         )
     # The scores of a tile, and the keys of its blocks, are the largest tensors.

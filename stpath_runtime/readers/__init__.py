@@ -109,4 +109,4 @@ def read_context(path: str | Path) -> Context:
 
 def _require_anndata(source: Source, what: str) -> None:
     if not is_anndata(source):
-        raise FileError(f"{source.path}: no AnnData; expected {what} in h5ad or zarr, found: {source.listed('')}")
+        raise FileError(f"{source.path}: not an AnnData; expected {what} in h5ad or zarr, found: {source.listed('')}")

@@ -79,7 +79,7 @@ def explained(path: Path, what: str, error: Exception) -> InputError:
             f"{what} is compressed by a filter that is not here ({brief(error)}); {PLUGINS}",
         ),
     ]
-    damaged = f"{what} cannot be read; it is truncated or damaged ({brief(error)}); copy it again, or make it anew"
+    damaged = f"{what} cannot be read; it is truncated or damaged ({brief(error)}); copy it again, or make it again"
     return FileError(f"{path}: {next((text for applies, text in causes if applies), damaged)}")
 
 
@@ -117,7 +117,7 @@ def check_size(path: Path, what: str, declared: int, chunks: int, stored: int) -
     if declared > max(ALWAYS_ALLOCATED, MOST_TIMES * stored) or chunks > max(MANY_CHUNKS, stored):
         raise FileError(
             f"{path}: {what} declares {declared:,} bytes in {chunks:,} chunks but stores {stored:,}; "
-            "it is damaged or made to fill the memory: make it anew"
+            "it is damaged or made to fill the memory: make it again"
         )
 
 

@@ -55,7 +55,7 @@ def require_groups(source: Source) -> None:
     for table in ("obs", "var"):
         if source.shape(table) is not None and not source.names(table):
             raise FileError(
-                f"{source.path}: {table!r} is an array of records, as anndata wrote before 0.8; write it anew with a "
+                f"{source.path}: {table!r} is an array of records, as anndata wrote before 0.8; write it again with a "
                 "newer one: anndata.read_h5ad(PATH).write_h5ad(PATH)"
             )
 
@@ -71,7 +71,7 @@ def dense(source: Source, key: str) -> npt.NDArray[Any]:
     matrix = read_matrix(source, key)
     source.require_whole(key)
     beside = source.listed(_obsm_beside(key)) if hasattr(matrix, "nnz") else ""
-    return dense_features(matrix, f"{source.path}: {key!r}", beside)
+    return np.asarray(dense_features(matrix, f"{source.path}: {key!r}", beside))
 
 
 def _obsm_beside(key: str) -> str:
@@ -113,4 +113,6 @@ def read_names(source: Source, table: str) -> npt.NDArray[Any]:
         names = np.asarray(source.read(f"{table}/{index}"), object)
         if names.ndim == 1:
             return _as_text(names)
-    raise FileError(f"{source.path}: {table!r} is no table with an index of names; write it with anndata 0.8 or newer")
+    raise FileError(
+        f"{source.path}: {table!r} is not a table with an index of names; write it with anndata 0.8 or newer"
+    )

@@ -24,7 +24,7 @@ def opened(path: Path, what: str) -> Iterator[Source]:
         store = folder and any((path / name).is_file() for name in ROOTS)
     if folder:
         if not store:
-            raise FileError(f"{path}: a folder, and no zarr store; expected {what} in a file or a .zarr folder")
+            raise FileError(f"{path}: a folder, but not a zarr store; expected {what} in a file or a .zarr folder")
     elif not file:
         raise FileError(f"{path}: no such file; expected {what}" if not there else f"{path}: not a file")
     elif h5py.is_hdf5(path):

@@ -46,7 +46,9 @@ def patch_of_lazyslide(tile_spec: object, element: str, path: Path) -> Patch | N
     if not {"height", "width", "mpp"} <= set(found):
         return None
     if found["height"] != found["width"]:
-        warn_ignored(path, f"tile_spec of {element!r} is of {found['width']:g} x {found['height']:g} pixels, no square")
+        warn_ignored(
+            path, f"tile_spec of {element!r} is of {found['width']:g} x {found['height']:g} pixels, not a square"
+        )
         return None
     pixels, magnification, downsample = int(found["width"]), 10 / found["mpp"], found.get("base_downsample")
     if downsample is None:

@@ -92,7 +92,7 @@ class Source(ABC):
         if found < expected:
             raise FileError(
                 f"{self.path}: {_quoted(key)} lacks {expected - found:,} of its {expected:,} chunks, which would be "
-                "read as zeros; copy it again, or make it anew"
+                "read as zeros; copy it again, or make it again"
             )
 
     def listed(self, key: str) -> str:
@@ -111,12 +111,12 @@ class Source(ABC):
             if depth > DEEPEST or found > MOST:
                 raise FileError(
                     f"{self.path}: {_quoted(key)} has more than {MOST:,} elements or {DEEPEST} levels, as if its links "
-                    "form a circle; make the file anew"
+                    "form a circle; make the file again"
                 )
             with reading(self.path, _quoted(at)):
                 node = self._node(at)
                 if node is None:
-                    raise FileError(f"{self.path}: holds no {_quoted(at)}; it is damaged: make it anew")
+                    raise FileError(f"{self.path}: holds no {_quoted(at)}; it is damaged: make it again")
                 if self._is_array(node):
                     self._check_array(node, _quoted(at))
                 else:
@@ -158,7 +158,7 @@ def _check_sparse(source: Source, key: str, attributes: Mapping[str, Any]) -> No
     if shape is None or len(shape) != 2 or min(shape) < 0 or pointers != [shape[along] + 1]:
         raise FileError(
             f"{source.path}: {_quoted(key)} has the shape {shape} but an indptr of the shape {pointers}; "
-            "it is damaged: make it anew"
+            "it is damaged: make it again"
         )
 
 

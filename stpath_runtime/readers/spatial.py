@@ -149,10 +149,10 @@ def _annotated(source: ZarrSource, table: str) -> tuple[str, str]:
 def _column(source: ZarrSource, table: str, name: str) -> npt.NDArray[Any]:
     """A column of obs, [N]."""
     if name not in source.names(f"tables/{table}/obs"):
-        raise FileError(f"{source.path}: the table {table!r} has no column {name!r}; make it anew")
+        raise FileError(f"{source.path}: the table {table!r} has no column {name!r}; make it again")
     column = np.asarray(source.read(f"tables/{table}/obs/{name}"))
     if column.ndim != 1:
-        raise FileError(f"{source.path}: {name!r} of the table {table!r} is no column; make it anew")
+        raise FileError(f"{source.path}: {name!r} of the table {table!r} is not a column; make it again")
     return column
 
 

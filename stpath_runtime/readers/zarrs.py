@@ -146,7 +146,7 @@ def _archive_files(archive: zipfile.ZipFile, path: Path) -> Files:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist() if not entry.is_dir()}
     for name in sizes:
         if name.startswith("/") or "\\" in name or ".." in PurePosixPath(name).parts:
-            raise FileError(f"{path}: the archive has an entry {name!r}, a name that leaves it; make it anew")
+            raise FileError(f"{path}: the archive has an entry {name!r}, a name that leaves it; make it again")
     check_size(path, "the archive", sum(sizes.values()), 1, path.stat().st_size)
     return Files(sizes, archive.open)
 
@@ -157,7 +157,7 @@ def _check_metadata(files: Files, path: Path) -> None:
         if _last(name) not in (".zarray", ".zmetadata", "zarr.json"):
             continue
         if size > LARGEST_METADATA:
-            raise FileError(f"{path}: the metadata {name!r} is {size:,} bytes long; it is damaged: make it anew")
+            raise FileError(f"{path}: the metadata {name!r} is {size:,} bytes long; it is damaged: make it again")
         with reading(path, repr(name)), files.open(name) as file:
             found = json.load(file)
             if not isinstance(found, dict):

@@ -61,7 +61,9 @@ def open_prediction(path: str | Path) -> Iterator[tuple[AnnData, Stored]]:
         start = _start(source)
         obs, var = source.read(f"{start}obs"), source.read(f"{start}var")
         if not isinstance(obs, pd.DataFrame) or not isinstance(var, pd.DataFrame) or len(obs) == 0:
-            raise PredictionError(f"{source.path}: no prediction of stpath predict; obs or var is no table of rows")
+            raise PredictionError(
+                f"{source.path}: not a prediction by stpath predict; obs or var is not a table of rows"
+            )
         obsm = {name: source.read(f"{start}obsm/{name}") for name in source.names(f"{start}obsm")}
         x = _stored_x(source, start, (len(obs), len(var)))
         with reading(source.path):
@@ -80,7 +82,7 @@ def read_facts(path: str | Path) -> dict[str, Any]:
     with opened(Path(path), "a prediction") as source:
         facts = _facts(source, _start(source))
         if not facts:
-            raise PredictionError(f"{source.path}: no prediction of stpath predict; it has no uns['stpath']")
+            raise PredictionError(f"{source.path}: not a prediction by stpath predict; it has no uns['stpath']")
         return facts
 
 
@@ -90,7 +92,9 @@ def _start(source: Source) -> str:
     lacking = [key for key in ("obs", "var") if not source.names(f"{start}{key}")]
     lacking += ["obsm['spatial']"] if "spatial" not in source.names(f"{start}obsm") else []
     if lacking:
-        raise PredictionError(f"{source.path}: no prediction of stpath predict; it has no {' and no '.join(lacking)}")
+        raise PredictionError(
+            f"{source.path}: not a prediction by stpath predict; it has no {' and no '.join(lacking)}"
+        )
     return start
 
 
@@ -99,7 +103,9 @@ def _facts(source: Source, start: str) -> dict[str, Any]:
         return {}
     facts = source.read(f"{start}uns/stpath")
     if not isinstance(facts, dict):
-        raise PredictionError(f"{source.path}: no prediction of stpath predict; its uns['stpath'] is no table of facts")
+        raise PredictionError(
+            f"{source.path}: not a prediction by stpath predict; its uns['stpath'] is not a table of facts"
+        )
     return facts
 
 

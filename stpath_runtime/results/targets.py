@@ -44,7 +44,7 @@ def choose_targets(slides: Sequence[Path], out: str | Path, form: Format | None)
     if re.fullmatch(r"\.[^\W\d]\w*", out.suffix) and not folder:  # results_2026.11.26 is no file of the type 26
         raise OutputError(f"--out {out}: give a name that ends in .h5ad or .zarr, or a folder")
     if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out}: a file stands there; give a folder")
+        raise OutputError(f"--out {out}: a file is there; give a folder")
     targets = [out / f"{slide_name(slide)}{(form or Format.H5AD).suffix}" for slide in slides]
     for i, target in enumerate(targets):
         if target in targets[:i]:
@@ -77,5 +77,5 @@ def require_target(target: Path, inputs: Sequence[Path]) -> None:
     if any(target.resolve() == path.resolve() for path in inputs):
         raise OutputError(f"--out: {target} would overwrite an input; choose another name or folder")
     if target.exists() and not is_prediction(target):
-        raise OutputError(f"--out: {target} exists and is no prediction of stpath; choose another name or folder")
+        raise OutputError(f"--out: {target} exists and is not a prediction by stpath; choose another name or folder")
     require_writable(target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ContextError, OptionError, warn
-from ..names import listed_names
-from .slide import Slide, first_repeated, text
+from ..names import delimiter_of, listed_names
+from .slide import Slide, first_repeated, own, require_anndata, text
 from .vocabulary import GeneVocabulary, nearest_names
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Context:
         >>> context.ids, context.genes
         (['AAAC-1', 'AAAG-1'], ['GATA3', 'ERBB2'])
         """
+        require_anndata(adata, "read_context reads files")
         if layer is not None and layer not in adata.layers:
             near = nearest_names(layer, adata.layers)
             raise ContextError(f"adata: no layer {layer!r}{near}; its layers: {', '.join(adata.layers) or 'none'}")
@@ -91,7 +93,7 @@ class Context:
         Raises
         ------
         InputError
-            If shapes do not fit, no spot is in the slide or one stands twice, no gene is known, or a count is
+            If shapes do not fit, no spot is in the slide or one appears twice, no gene is known, or a count is
             negative, NaN or infinite.
         """
         name = f"context of {slide.name}"
@@ -116,7 +118,7 @@ class Context:
             warn(f"{name}: {left_out:,} of {len(genes):,} genes are not known to the engine and are left out")
         if not is_whole(counts):
             warn(
-                f"{name}: {(counts.data != np.rint(counts.data)).mean():.0%} of the counts are no whole numbers "
+                f"{name}: {(counts.data != np.rint(counts.data)).mean():.0%} of the counts are not whole numbers "
                 f"(highest {counts.data.max():g}), as if log-transformed or normalised; the model was trained on log1p "
                 "of raw counts, and takes log1p itself"
             )
@@ -152,7 +154,7 @@ def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
         raise ContextError(f"context of {slide.name}: ids must be all barcodes or all integer positions")
     if len(set(names)) != len(names):
         twice = first_repeated(names)
-        raise ContextError(f"context of {slide.name}: spot {twice!r} stands twice; give each one row of counts")
+        raise ContextError(f"context of {slide.name}: spot {twice!r} appears twice; give each one row of counts")
     return np.array(spots, dtype=np.int64)
 
 
@@ -162,28 +164,27 @@ def as_csr(counts: Any, name: str) -> csr_matrix:
     Raises
     ------
     InputError
-        If they are no matrix of numbers.
+        If they are not a matrix of numbers.
     """
     from scipy.sparse import csr_matrix, issparse
 
     try:
-        counts = _own_sparse(counts) if issparse(counts) else np.asarray(counts)
+        counts = _own_sparse(counts) if issparse(counts) else own(counts)
         if counts.dtype.kind not in "iufb" or counts.ndim != 2:
             raise ValueError(f"type {counts.dtype}, shape {list(counts.shape)}")
-        found = csr_matrix(counts, dtype=np.float32)
+        # In the model's type before entries that appear twice are added up: small integers would overflow.
+        matrix = csr_matrix(counts.astype(np.float32, copy=False))
     except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ContextError(f"{name}: the counts are no matrix [spots, genes] of numbers ({error})") from error
-    found.sum_duplicates()
-    return found
+        raise ContextError(f"{name}: the counts are not a matrix [spots, genes] of numbers ({error})") from error
+    matrix.sum_duplicates()
+    return matrix
 
 
 def _own_sparse(counts: Any) -> Any:
-    """A sparse matrix whose arrays are in this machine's byte order and nobody else's: scipy sorts them in place."""
+    """A sparse matrix whose arrays are nobody else's: scipy sorts them in place."""
     if counts.format not in ("csr", "csc", "bsr"):
-        return counts.tocsr(copy=True)
-    parts = (
-        np.array(part, dtype=part.dtype.newbyteorder("=")) for part in (counts.data, counts.indices, counts.indptr)
-    )
+        return counts.copy()
+    parts = (np.array(part, part.dtype.newbyteorder("=")) for part in (counts.data, counts.indices, counts.indptr))
     copied = type(counts)(tuple(parts), shape=counts.shape)
     copied.check_format(full_check=True)
     return copied
@@ -263,7 +264,7 @@ def choose_spots(context: Context, slide: Slide, which: str) -> Context:
     row = {barcode: i for i, barcode in enumerate(context.ids)}
     if len(row) < len(context.ids):
         twice = next(barcode for i, barcode in enumerate(context.ids) if row[barcode] != i)
-        raise ContextError(f"{name}: spot {twice!r} stands twice; give each one row of counts")
+        raise ContextError(f"{name}: spot {twice!r} appears twice; give each one row of counts")
     if share := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", which.strip()):
         masked = masked_spots(slide.coords, 1 - _fraction(share[1]))
         others = np.setdiff1d(np.arange(len(slide)), masked)
@@ -317,10 +318,11 @@ def _mask(path: Path) -> list[str]:
     truth = {"1": True, "true": True, "0": False, "false": False}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            table = file.read()
+        rows = csv.DictReader(io.StringIO(table, newline=""), delimiter=delimiter_of(table), strict=True)
         return [row["barcode"] for row in rows if truth[row["context"].strip().lower()]]
     except (KeyError, AttributeError, ValueError, csv.Error) as error:
         raise OptionError(
-            f"--context-spots {path}: no mask ({type(error).__name__}: {error}); give a .csv with the columns barcode "
-            "and context, which is 1 or 0"
+            f"--context-spots {path}: not a mask ({type(error).__name__}: {error}); give a .csv with the columns "
+            "barcode and context, which is 1 or 0"
         ) from error

@@ -61,7 +61,7 @@ class Slide:
     Raises
     ------
     InputError
-        If the shapes do not fit, a value is NaN or infinite, a barcode stands twice or a name is unknown.
+        If the shapes do not fit, a value is NaN or infinite, a barcode appears twice or a name is unknown.
 
     Examples
     --------
@@ -79,7 +79,7 @@ class Slide:
     patch: Patch | None = None
 
     def __post_init__(self) -> None:
-        coords, features = own(self.coords), own(self.features)
+        coords, features = _own(self.name, "coordinates", self.coords), _own(self.name, "features", self.features)
         _check_numbers(self.name, "coordinates", coords, "[N, 2]")
         _check_numbers(self.name, "features", features, "[N, F]")
         if coords.shape[1] != 2:
@@ -101,7 +101,7 @@ class Slide:
         if len(barcodes) != len(coords):
             raise SlideError(f"{self.name}: {len(barcodes):,} barcodes for {len(coords):,} spots; give one a spot")
         if len(set(barcodes)) != len(barcodes):
-            raise SlideError(f"{self.name}: barcode {first_repeated(barcodes)!r} stands twice; make them distinct")
+            raise SlideError(f"{self.name}: barcode {first_repeated(barcodes)!r} appears twice; make them distinct")
         try:
             organ = ORGANS[organ_token(self.organ)]
             technology = None if self.technology is None else TECHNOLOGIES[technology_token(self.technology)]
@@ -161,6 +161,7 @@ class Slide:
         >>> Slide.from_anndata(counts, features_key="gigapath", organ="Kidney")
         Slide('adata', 3 spots, 8 features, organ='Kidney', technology=None)
         """
+        require_anndata(adata, "read_slide reads files")
         held = ", ".join(f"{key} {list(np.shape(adata.obsm[key]))}" for key in adata.obsm) or "nothing"
         if "spatial" not in adata.obsm:
             raise SlideError(f"{name}: no coordinates; expected obsm['spatial'] [N, 2], found in obsm: {held}")
@@ -168,6 +169,8 @@ class Slide:
             near = nearest_names(features_key, adata.obsm)
             raise SlideError(f"{name}: no obsm[{features_key!r}]{near}; obsm holds: {held}")
         matrix = adata.obsm[features_key] if features_key is not None else adata.X
+        if adata.isbacked and features_key is None and matrix is not None:
+            matrix = matrix[:]
         if matrix is None:
             raise SlideError(f"{name}: no X; say which of obsm are the features (features_key), it holds: {held}")
         features = dense_features(matrix, f"{name}: X", held)
@@ -211,8 +214,22 @@ def own(values: Any) -> npt.NDArray[Any]:
     """An array in this machine's byte order that nobody writes to: a copy, unless it is one already.
 
     Libraries hand out arrays that are big-endian, read-only, of a file or of somebody who changes them later.
+
+    Raises
+    ------
+    ValueError
+        If it makes no array, or an entry is masked.
     """
-    array = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+    if np.ma.is_masked(values):
+        raise ValueError(
+            f"{int(np.ma.getmaskarray(values).sum()):,} entries are masked; fill them, or leave out their spots"
+        )
+    try:
+        array = np.asarray(values.toarray() if hasattr(values, "toarray") else values)
+    except (RuntimeError, TypeError) as error:  # PyTorch's, of tensors that NumPy cannot hold
+        raise ValueError(str(error)) from error
+    if array.dtype.kind == "O" and all(dtype.kind in "iuf" for dtype in getattr(values, "dtypes", [array.dtype])):
+        array = values.to_numpy(np.float64, na_value=np.nan)  # a table of pandas' nullable numbers
     kept = array.base is None and not array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative
     if not kept:
         array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
@@ -220,8 +237,21 @@ def own(values: Any) -> npt.NDArray[Any]:
     return array
 
 
-def dense_features(matrix: Any, what: str, obsm: str) -> npt.NDArray[Any]:
-    """A matrix of features as an array, [N, F]; a sparse one only if it is as filled as features are.
+def _own(name: str, what: str, values: Any) -> npt.NDArray[Any]:
+    try:
+        return own(values)
+    except ValueError as error:
+        raise SlideError(f"{name}: {what} are not an array of numbers ({error})") from error
+
+
+def require_anndata(adata: Any, readers: str) -> None:
+    """Refuse what is no AnnData, such as the path of one."""
+    if not hasattr(adata, "obs_names"):
+        raise SlideError(f"expected an AnnData, got {type(adata).__name__}; {readers}")
+
+
+def dense_features(matrix: Any, what: str, obsm: str) -> Any:
+    """A matrix of features, [N, F], as it is, or a sparse one as an array, if it is as filled as features are.
 
     Parameters
     ----------
@@ -234,7 +264,7 @@ def dense_features(matrix: Any, what: str, obsm: str) -> npt.NDArray[Any]:
         If it is sparse, and hardly filled.
     """
     if not hasattr(matrix, "nnz"):
-        return np.asarray(matrix[:] if hasattr(matrix, "file") else matrix)  # of an AnnData that is open on its file
+        return matrix
     filled = matrix.nnz / max(matrix.shape[0] * matrix.shape[1], 1)
     if filled < LEAST_FILLED:
         raise SlideError(
@@ -270,7 +300,7 @@ def text(name: object, of: str) -> str:
     Raises
     ------
     InputError
-        If it is no text, or holds a character that no file keeps.
+        If it is not text, or holds a character that no file keeps.
     """
     if isinstance(name, bytes):
         try:

@@ -91,7 +91,7 @@ class GeneVocabulary:
         for names in (self.aliases, [(symbol,) for symbol in self.symbols], [(gene,) for gene in self.ensembl_ids]):
             self._token.update({n: token for token, some in enumerate(names, FIRST_GENE_TOKEN) for n in some if n})
         if len(set(self.ensembl_ids)) != len(self.ensembl_ids):
-            raise VocabularyError("gene vocabulary: an Ensembl id stands twice; each gene needs one line")
+            raise VocabularyError("gene vocabulary: an Ensembl id appears twice; each gene needs one line")
 
     def __len__(self) -> int:
         return len(self.ensembl_ids)
@@ -145,7 +145,7 @@ class GeneVocabulary:
                     f"{path}: symbol {symbol!r} has the id {gene!r}; every value must be an Ensembl id"
                 )
             if not symbol.strip() or not symbol.isprintable():
-                raise VocabularyError(f"{path}: the symbol {symbol!r} of {gene} is no name; rename it")
+                raise VocabularyError(f"{path}: the symbol {symbol!r} of {gene} is not a name; rename it")
         names: dict[str, list[str]] = {gene: [] for gene in sorted(set(table.values()))}
         for symbol, gene in table.items():
             names[gene].append(symbol)
@@ -274,13 +274,13 @@ class GeneVocabulary:
 
 
 def _read_json_object(path: Path) -> object:
-    """Read JSON; a key that stands twice with two values is an error, where Python would keep the last."""
+    """Read JSON; a key that appears twice with two values is an error, where Python would keep the last."""
 
     def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
         table: dict[str, object] = {}
         for key, value in pairs:
             if table.setdefault(key, value) != value:
-                raise VocabularyError(f"{path}: {key!r} stands twice, with {table[key]!r} and {value!r}; keep one")
+                raise VocabularyError(f"{path}: {key!r} appears twice, with {table[key]!r} and {value!r}; keep one")
         return table
 
     return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)

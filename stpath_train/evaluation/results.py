@@ -44,7 +44,7 @@ class Evaluation:
 def require_folder(out: Path) -> None:
     """Raise InputError, before the work, where the results cannot be written, or would stand beside other things."""
     if out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out}: a file stands there; give a folder")
+        raise OutputError(f"--out {out}: a file is there; give a folder")
     if out.exists() and any(out.iterdir()) and not (out / RESULTS).is_file():
         raise OutputError(f"--out {out}: the folder holds something else; give a new one, or one of earlier results")
     require_writable(out / RESULTS)

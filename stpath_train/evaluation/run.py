@@ -108,7 +108,7 @@ def check(name: TaskName, choices: Choices) -> None:
     given = {field.name for field in fields(choices) if getattr(choices, field.name) not in (None, False)}
     if wrong := sorted(given - TAKES[name]):
         tasks = [task for task, takes in TAKES.items() if wrong[0] in takes]
-        raise OptionError(f"{_option(wrong[0])} is no option of {name}; it is one of {', '.join(tasks)}")
+        raise OptionError(f"{_option(wrong[0])} is not an option of {name}; it is one of {', '.join(tasks)}")
     if "benchmark" in given and (both := sorted(given & {"genes", "slides", "train_slides"})):
         raise OptionError(
             f"{_option(both[0])} beside --benchmark, which names the genes and the slides; give one of them"

@@ -309,7 +309,7 @@ def test_a_folder_with_something_else_is_left_alone(tiny_engine, tiny_checkpoint
     assert f"--report {out}: the folder holds something else (notes.txt); give a new one" in capsys.readouterr().err
     assert {path.name for path in out.iterdir()} == {"notes.txt", "report.json"}
     assert verify(tiny_engine, tiny_checkpoint, "--report", out / "notes.txt") == 2
-    assert "a file stands there; give a folder" in capsys.readouterr().err
+    assert "a file is there; give a folder" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_one_size", "_blank")

@@ -166,7 +166,7 @@ def test_what_others_added_is_not_lost(name, predicted, tiny_engine, tmp_path, c
 def test_an_archive_is_read_and_not_written_anew(predicted, tiny_engine, tmp_path, capsys):
     archive = shutil.make_archive(str(tmp_path / "p.zarr"), "zip", predicted("p.zarr", "--embeddings"))
     words = ["decode", archive, "--engine", tiny_engine, "--genes", "GENE1"]
-    assert "an archive, which is not written anew; give --out" in refused(capsys, *words)
+    assert "an archive, which cannot be rewritten; give --out" in refused(capsys, *words)
     assert main([*map(str, [*words, "--out", tmp_path / "more.zarr"])]) == 0
     assert anndata.read_zarr(tmp_path / "more.zarr").n_vars == 4
 

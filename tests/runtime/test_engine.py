@@ -186,7 +186,7 @@ def test_a_gene_asked_for_twice_by_whichever_name_is_given_once(engine, slide):
 def test_memory_may_be_text(engine, slide):
     np.testing.assert_array_equal(engine.embed(slide, memory="1.5G"), engine.embed(slide))
     for wrong in ("much", 0, -1, "0G", True):
-        with pytest.raises(InputError, match="is no size; give a number with K, M, G or T, such as 6G"):
+        with pytest.raises(InputError, match="is not a size; give a number with K, M, G or T, such as 6G"):
             engine.embed(slide, memory=wrong)
 
 
@@ -226,7 +226,7 @@ def test_bad_calls_are_refused(engine, slide):
 def test_features_of_the_right_width_elsewhere_in_the_file_are_named(engine, tmp_path):
     adata = AnnData(np.ones((4, 500), np.float32), obsm={"spatial": np.eye(4, 2), "mine": np.ones((4, 96), "f4")})
     adata.write_h5ad(tmp_path / "counts.h5ad")
-    with pytest.raises(InputError, match="500 wide; the engine expects 96 .*'mine' in the file is so wide"):
+    with pytest.raises(InputError, match="500 wide; the engine expects 96 .*'mine' in the file has that width"):
         engine.predict(read_slide(tmp_path / "counts.h5ad"))
     assert engine.predict(read_slide(tmp_path / "counts.h5ad", features_key="mine"), genes=["GENE1"]).n_obs == 4
 

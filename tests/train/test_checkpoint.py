@@ -100,8 +100,8 @@ def test_a_missing_or_truncated_file_is_refused(tiny, tmp_path):
         load_checkpoint(tmp_path / "missing.pth")
     torch.save(tiny.model.state_dict(), tmp_path / "m.pth")
     (tmp_path / "m.pth").write_bytes((tmp_path / "m.pth").read_bytes()[:1000])
-    with pytest.raises(InputError, match="no state_dict of tensors"):
+    with pytest.raises(InputError, match="not a state_dict of tensors"):
         load_checkpoint(tmp_path / "m.pth")
     (tmp_path / "m.safetensors").write_bytes(b"weights")
-    with pytest.raises(InputError, match="no state_dict of tensors"):
+    with pytest.raises(InputError, match="not a state_dict of tensors"):
         load_checkpoint(tmp_path / "m.safetensors")

@@ -64,7 +64,7 @@ def test_a_run_that_goes_on_may_be_longer_but_not_of_another_seed(tmp_path):
         ("data: {store: s}\nrun: {out: r, epochs: 3}\nmodel: {attention: knn}", "model.neighbors: attention knn needs"),
         ("data: {store: s}\nrun: {out: r, epochs: 3}\nmodel: {d_model: 9}", "model.d_model: 9 does not divide by 4"),
         ("data: {store: s}\nrun: {out: r, epochs: 3, early_stopping: 2}", "run.early_stopping: needs slides"),
-        ("data: {store: s}\nrun: {out: r, out: b, epochs: 3}", "'out' stands twice"),
+        ("data: {store: s}\nrun: {out: r, out: b, epochs: 3}", "'out' appears twice"),
         ("data: [", "no YAML"),
         ("- 1", "should be a section of named fields"),
         ("", "should be a section of named fields"),

@@ -77,7 +77,7 @@ def test_the_files_that_are_needed_are_fetched(tmp_path, hub, name, arguments, f
         ("hest", {"slides": ["TENX1"]}, "has no file st/TENX1.h5ad or patches/TENX1.h5 .TENX1."),
         ("hest", {"patterns": ["wsi/*"]}, "has no file wsi/.* .--pattern."),
         ("hest", {"slides": ["A"], "patterns": ["*"]}, "give one of them"),
-        ("hest", {"slides": ["TENX*"]}, "is no slide's id"),
+        ("hest", {"slides": ["TENX*"]}, "is not a slide's id"),
     ],
 )
 def test_faults_of_the_call_are_named(tmp_path, hub, name, arguments, message):

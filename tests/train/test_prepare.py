@@ -232,6 +232,34 @@ def test_counts_in_csv_of_any_separator_with_spots_of_any_name(separator, tmp_pa
     assert list(read_spots(tmp_path / "o.csv", ["1", "NA"])["region"]) == ["y", "x"]
 
 
+def test_counts_in_csv_as_spreadsheets_write_them(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text('spot,"A\nof one",B,,\nx,1,2,,\ny,3,4,,\n,,,,\n')
+    adata = read_counts(path)
+    assert (list(adata.obs_names), list(adata.var_names)) == (["x", "y"], ["A\nof one", "B"])
+    np.testing.assert_array_equal(adata.X.toarray(), [[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("spot,A\nx,1,2,3\n", "2 names in its first line, 4 columns below"),
+        ("spot,A,B,C\nx,1\n", "4 names in its first line, 2 columns below"),
+        ("spot,A,\nx,1,2\n", "a column of counts has no gene's name"),
+        ("spot;A\nx;1,5\n", "could not convert string to float"),
+        ("spot,A\n", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_counts_in_csv_that_are_none(text, message, tmp_path):
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_counts(tmp_path / "c.csv")
+    (tmp_path / "c.csv").write_text(text, encoding="utf-16")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_counts(tmp_path / "c.csv")
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     st.permutations(range(9)).flatmap(lambda order: st.integers(1, 9).map(lambda n: order[:n])),
@@ -265,7 +293,7 @@ def test_spots_in_both_files_are_kept(tmp_path_factory, counted, imaged):
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.sampled_from(VOCABULARY.symbols), min_size=1, max_size=6), st.integers(1, 1300), st.booleans())
 def test_counts_of_a_csv_are_read_whole(tmp_path_factory, names, spots, first_is_named):
-    """Whatever its number of rows, of genes that stand twice, and with or without R's name of the first column."""
+    """Whatever its number of rows, of genes that appear twice, and with or without R's name of the first column."""
     path = tmp_path_factory.mktemp("csv") / "x_count.csv"
     counts = np.random.default_rng(spots).poisson(1, (spots, len(names)))
     frame = pd.DataFrame(counts, [f"{i}" for i in range(spots)], names)
@@ -289,7 +317,7 @@ def test_highly_variable_genes_of_the_file_come_first(tmp_path, run):
 def test_units_are_checked(tmp_path, run):
     tables = write_hest(tmp_path / "hest")
     logged = write_h5ad(np.log1p(tables["INT1"]), tmp_path / "hest" / "st" / "INT1.h5ad")
-    assert "no whole numbers" in run().failed["INT1"].reason
+    assert "not whole numbers" in run().failed["INT1"].reason
     summary = run(counts="log1p")
     assert set(summary.failed) == {"TENX2", "MEND3"}
     assert "leave out --counts log1p" in summary.failed["TENX2"].reason
@@ -457,7 +485,7 @@ def test_one_run_at_a_time(tmp_path, run):
     ("change", "options", "message"),
     [
         (lambda f: (f / "HEST_v1_1_0.csv").write_text("id,organ\n"), {}, "no column 'st_technology'"),
-        (lambda f: (f / "HEST_v1_1_0.csv").write_text(HEST_CSV + HEST_CSV), {}, "slide 'INT1' stands twice"),
+        (lambda f: (f / "HEST_v1_1_0.csv").write_text(HEST_CSV + HEST_CSV), {}, "slide 'INT1' appears twice"),
         (lambda f: [path.unlink() for path in f.glob("*.csv")], {}, "give one with --metadata"),
         (
             lambda f: (f / "st").rename(f / "ts"),

@@ -413,7 +413,7 @@ def test_another_run_or_another_folder_is_not_touched(configured, tmp_path):
         run(configured(run="epochs: 1, seed: 1"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(InputError, match="is no run of stpath"):
+    with pytest.raises(InputError, match="is not a run of stpath"):
         run(configured("mine"))
 
 

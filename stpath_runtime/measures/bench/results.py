@@ -147,7 +147,7 @@ class Results:
                 raise ValueError(f"rows[{index}].seconds must be above 0")
         repeated = len(self.rows) - len({row.identity for row in self.rows})
         if repeated:
-            raise ValueError(f"{repeated} of its rows stand twice")
+            raise ValueError(f"{repeated} of its rows appear twice")
 
 
 def _without_computed(row: object) -> object:

@@ -263,14 +263,14 @@ def test_stages_are_traced_on_the_gpu(request, tiny, gpu, fixture, neighbors):
 
 
 def test_bfloat16_is_not_for_the_cpu(tiny_bf16_engine):
-    with pytest.raises(InputError, match="a bf16 engine; ONNX Runtime computes in bfloat16 on GPUs alone"):
+    with pytest.raises(InputError, match="a bf16 engine; ONNX Runtime computes in bfloat16 on GPUs only"):
         Engine.load(tiny_bf16_engine)
 
 
 def test_too_little_memory_for_one_tile(engine, gpu, tiny):
     gpu.size = 1 << 16
     slide = random_slide(1_000, tiny.model.config.n_features, 0)
-    with pytest.raises(InputError, match="of memory do not hold one tile of 1,000 spots; the least that works is"):
+    with pytest.raises(InputError, match="of memory cannot hold one tile of 1,000 spots; the least that works is"):
         engine.embed(slide)
     with pytest.raises(InputError, match="cuda:0: not enough GPU memory for .* MiB; give less with --memory"):
         engine.embed(slide, memory=1 << 30)

@@ -191,7 +191,7 @@ def test_other_devices_and_half_precision_are_refused(own):
     manifest = Manifest.read(own)
     Manifest(**{**vars(manifest), "precision": "fp16"}).write(own)
     for precision in (None, "bf16"):
-        with pytest.raises(InputError, match="an fp16 engine; the backend openvino takes fp32 engines alone"):
+        with pytest.raises(InputError, match="an fp16 engine; the backend openvino takes fp32 engines only"):
             Engine.load(own, backend="openvino", precision=precision)
 
 

@@ -576,7 +576,7 @@ def test_too_little_gpu_memory_is_refused(tiny, built, gpu):
     gpu.plans_of(built)
     gpu.size = 1 << 16
     engine = Engine.load(built, backend="tensorrt_rtx", device="cuda:0")
-    with pytest.raises(InputError, match="of memory do not hold one tile of 1,000 spots"):
+    with pytest.raises(InputError, match="of memory cannot hold one tile of 1,000 spots"):
         engine.embed(a_slide(tiny, 1_000))
     with pytest.raises(InputError, match="cuda:0: not enough GPU memory for .* MiB; give less with --memory"):
         engine.embed(a_slide(tiny, 1_000), memory=1 << 30)

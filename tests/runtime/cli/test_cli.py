@@ -171,7 +171,7 @@ def test_a_fault_in_the_call_is_one_line(slide_file, tiny_engine, stpath, tmp_pa
     assert_refused(predict("--device", "cuda:0"), "cuda:0")
     assert_refused(predict(engine=tmp_path), "not an engine")
     assert_refused(predict(out=tmp_path / "p.csv"), ".h5ad or .zarr, or a folder")
-    assert_refused(predict(out=taken), "a file stands there")
+    assert_refused(predict(out=taken), "a file is there")
     assert_refused(predict("--gens", "GENE1"), "--gens")
     assert_refused(stpath("predict", slide_file, "--out", tmp_path), "--engine")
     assert_refused(stpath("predikt"), "predikt")
@@ -197,7 +197,7 @@ def test_an_input_is_never_overwritten(tiny, slide_file, tiny_engine, stpath, tm
     assert_refused(stpath(*words, tmp_path, "--context", counts), "INT2.h5ad would overwrite an input")
     assert_refused(stpath(*words, tmp_path), "INT2.h5ad exists and is no prediction")
     assert counts.read_bytes() == before
-    for _ in range(2):  # a prediction of before is written anew
+    for _ in range(2):  # a prediction of before is rewritten
         assert stpath(*words, tmp_path / "pred.h5ad")[0] == 0
     link = tmp_path / "link.h5ad"
     link.symlink_to(features)

@@ -132,7 +132,7 @@ def test_what_is_whole_and_of_the_same_settings_is_skipped(run, cohort, tmp_path
     (tmp_path / "out" / "S0.h5ad").write_bytes(whole[: len(whole) // 2])
     code, _, err = run()  # what stpath cannot tell to be its own is not overwritten
     assert code == 1
-    assert "S0.h5ad exists and is no prediction of stpath" in err
+    assert "S0.h5ad exists and is not a prediction by stpath" in err
 
 
 def test_a_long_list_of_context_spots_and_what_a_file_of_them_says_counts(run, cohort, tmp_path):
@@ -360,7 +360,7 @@ def test_faulty_calls(run, cohort, tmp_path):
     (cohort / "counts.csv").write_text("slide\ncounts.h5ad\n")
     assert "would overwrite an input" in refused("--out", cohort, source=cohort / "counts.csv")
     (tmp_path / "file").write_text("")
-    assert "a file stands there" in refused("--out", tmp_path / "file")
+    assert "a file is there" in refused("--out", tmp_path / "file")
     (cohort / "bare.csv").write_text("slide\nS0.h5\n")
     assert "there is no context" in refused("--context-spots", "5%", source=cohort / "bare.csv")
     assert not (tmp_path / "out" / "S0.h5ad").exists()

@@ -140,7 +140,7 @@ def test_what_others_put_at_a_url_is_never_removed(form, place, tiny, tiny_engin
     write_slide(tiny.slides()[0][1], tmp_path / "in" / "s.h5")
     words = ["run", tmp_path / "in", "--engine", tiny_engine, "--out", f"{url}/out", "--genes", "GENE1"]
     assert main([*map(str, [*words, "--format", form])]) == 1
-    assert "exists and is no prediction of stpath; move it away" in capsys.readouterr().err
+    assert "exists and is not a prediction by stpath; move it away" in capsys.readouterr().err
     assert files.cat(theirs) == b"theirs"
 
 

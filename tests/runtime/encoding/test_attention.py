@@ -90,7 +90,7 @@ def test_memory_bounds_the_tile_and_changes_nothing_else(engine, how, monkeypatc
 def test_too_little_memory_says_the_least_that_works(engine):
     slide = random_slide(3000, 3)
     with pytest.raises(
-        InputError, match=r"1 MiB of memory do not hold one tile of 3,000 spots; the least that works"
+        InputError, match=r"1 MiB of memory cannot hold one tile of 3,000 spots; the least that works"
     ) as e:
         engine.embed(slide, memory=2**20)
     least = parse_bytes(str(e.value).split("least that works is ")[1].split(" (")[0].replace(",", ""))

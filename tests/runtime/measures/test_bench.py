@@ -98,7 +98,7 @@ def test_results_come_back_from_their_file(tmp_path):
             "is nan, not a finite number",
         ),
         (lambda found: {**found, "rows": [{**found["rows"][0], "spots": "many"}]}, "spots is 'many'"),
-        (lambda found: {**found, "rows": found["rows"] * 2}, "stand twice"),
+        (lambda found: {**found, "rows": found["rows"] * 2}, "appear twice"),
     ],
 )
 def test_a_file_that_is_no_result_is_refused(tmp_path, change, message):

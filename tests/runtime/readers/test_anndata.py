@@ -155,9 +155,9 @@ def test_prediction(kind, tmp_path):
 @pytest.mark.parametrize(
     ("uns", "spatial", "message"),
     [
-        ({}, None, "no prediction of stpath predict"),
-        ({"stpath": {}}, None, "no prediction of stpath predict"),
-        ({"stpath": "text"}, COORDS, "no prediction of stpath predict"),
+        ({}, None, "not a prediction by stpath predict"),
+        ({"stpath": {}}, None, "not a prediction by stpath predict"),
+        ({"stpath": "text"}, COORDS, "not a prediction by stpath predict"),
     ],
 )
 def test_files_that_are_no_prediction(uns, spatial, message, kind, tmp_path):
@@ -176,9 +176,11 @@ def test_files_that_are_no_context(tmp_path):
         with pytest.raises(InputError, match=rf"bad.h5ad: not an HDF5 file.*expected {what}"):
             read(tmp_path / "bad.h5ad")
     path = write_hdf5(tmp_path / "s.h5", features=FEATURES, coords=COORDS)
-    with pytest.raises(InputError, match=r"s.h5: no AnnData; expected context counts in h5ad or zarr, found: coords"):
+    with pytest.raises(
+        InputError, match=r"s.h5: not an AnnData; expected context counts in h5ad or zarr, found: coords"
+    ):
         read_context(path)
-    with pytest.raises(InputError, match="s.h5: no prediction of stpath predict"):
+    with pytest.raises(InputError, match="s.h5: not a prediction by stpath predict"):
         read_prediction(path)
     path = write_anndata(AnnData(obs=pd.DataFrame(index=["a"])), tmp_path / "no_x.h5ad")
     with pytest.raises(InputError, match="holds no X"):
@@ -191,11 +193,11 @@ def test_a_damaged_index(tmp_path):
         del file["obs"].attrs["_index"]
         del file["var/_index"]
         file["var/_index"] = "one"
-    with pytest.raises(InputError, match="'obs' is no table with an index"):
+    with pytest.raises(InputError, match="'obs' is not a table with an index"):
         read_slide(path)
-    with pytest.raises(InputError, match="'obs' is no table with an index"):
+    with pytest.raises(InputError, match="'obs' is not a table with an index"):
         read_context(path)
     with h5py.File(path, "a") as file:
         file["obs"].attrs["_index"] = "_index"
-    with pytest.raises(InputError, match="'var' is no table with an index"):
+    with pytest.raises(InputError, match="'var' is not a table with an index"):
         read_context(path)

@@ -152,7 +152,7 @@ def test_names_of_several_lines_make_one(tmp_path):
 def test_files_that_are_none(tmp_path):
     with pytest.raises(InputError, match=r"missing.h5: no such file; expected features"):
         read_slide(tmp_path / "missing.h5")
-    with pytest.raises(InputError, match="a folder, and no zarr store"):
+    with pytest.raises(InputError, match="a folder, but not a zarr store"):
         read_slide(tmp_path)
     (tmp_path / "empty").touch()
     with pytest.raises(InputError, match=r"not an HDF5 file, zarr folder or \.zarr\.zip; expected features in HDF5"):

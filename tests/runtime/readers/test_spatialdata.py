@@ -200,7 +200,7 @@ def test_a_column_that_is_none(tmp_path):
     path = write_spatialdata(tmp_path / "s.zarr")
     table = zarr.open_group(path / "tables" / "gigapath_tiles", mode="a", use_consolidated=False)
     write_elem(table["obs"], "tile_id", np.zeros((5, 2)))
-    with pytest.raises(InputError, match="'tile_id' of the table 'gigapath_tiles' is no column"):
+    with pytest.raises(InputError, match="'tile_id' of the table 'gigapath_tiles' is not a column"):
         read_slide(path)
 
 
@@ -235,7 +235,7 @@ def test_tile_specs_that_tell_less(spec, patch, tmp_path):
         ({"tiles": TILE_SPEC | {"mpp": 0}}, "mpp in tile_spec of 'tiles' is 0;"),
         ({"tiles": TILE_SPEC | {"mpp": "half"}}, "mpp in tile_spec of 'tiles' is 'half'"),
         ({"tiles": TILE_SPEC | {"mpp": float("nan")}}, "mpp in tile_spec of 'tiles' is (nan|'NaN')"),
-        ({"tiles": TILE_SPEC | {"width": 256}}, "is of 256 x 224 pixels, no square"),
+        ({"tiles": TILE_SPEC | {"width": 256}}, "is of 256 x 224 pixels, not a square"),
         ({"tiles": TILE_SPEC | {"width": 10**400}}, "width in tile_spec"),
     ],
 )

@@ -6,6 +6,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,7 +53,7 @@ def test_damaged_sparse_counts_are_refused_and_do_not_crash():
     for indices in ([4_000_000], [-1]):
         counts = sparse.csr_matrix(np.array([[0, 1.0]]))
         counts.indices[:] = indices
-        with pytest.raises(InputError, match="no matrix"):
+        with pytest.raises(InputError, match="not a matrix"):
             Context([0], counts, ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
 
 
@@ -104,6 +105,63 @@ def test_counts_as_libraries_hand_them(counts, kind, dtype, unsorted):
     assert [part.tobytes() for part in parts if isinstance(part, np.ndarray)] == before
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    entries=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.integers(0, 127)), min_size=1, max_size=12),
+    kind=st.sampled_from(["coo", "csr", "csc", "bsr"]),
+    dtype=st.sampled_from(["u1", "i1", "?", "i2", "f4", "u8"]),
+)
+def test_entries_that_stand_twice_are_added_up_in_a_type_that_holds_their_sum(entries, kind, dtype):
+    row, column, value = (np.array(part) for part in zip(*entries, strict=True))
+    value = value.astype(dtype)
+    exact = np.zeros((3, 2))
+    np.add.at(exact, (row, column), value.astype(np.float64))
+    coo = sparse.coo_array((value, (row, column)), shape=(3, 2))
+    if kind != "coo":  # as a file may hold it: scipy itself would add up here
+        order = np.argsort(row if kind != "csc" else column, kind="stable")
+        minor = (column if kind != "csc" else row)[order]
+        pointers = np.searchsorted((row if kind != "csc" else column)[order], range(4 if kind != "csc" else 3))
+        data = value[order] if kind != "bsr" else value[order][:, None, None]
+        coo = getattr(sparse, f"{kind}_array")((data, minor, pointers), shape=(3, 2))
+    rows = Context(range(3), coo, ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
+    np.testing.assert_allclose(rows.log_counts.toarray(), np.log1p(exact), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        (np.ma.masked_equal([[1, 9]], 9), "1 entries are masked"),
+        (torch.ones(1, 2, requires_grad=True), "detach"),
+        (torch.ones(1, 2, dtype=torch.bfloat16), "BFloat16"),
+        ([[1, 2], [3]], "not a matrix"),
+        (pd.DataFrame({"a": [1], "b": ["2"]}), "type object"),
+        (pd.DataFrame({"a": [1], "b": pd.array([None], dtype="Int64")}), "1 counts are NaN"),
+    ],
+)
+def test_counts_that_are_none(counts, message):
+    with pytest.raises(InputError, match=message):
+        Context([0], counts, ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
+
+
+def test_tables_of_nullable_numbers_are_counts():
+    counts = pd.DataFrame({"a": pd.array([3], dtype="Int64"), "b": pd.array([2], dtype="UInt8")})
+    rows = Context([0], counts, ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
+    np.testing.assert_allclose(rows.log_counts.toarray(), np.log1p([[3, 2]]), rtol=1e-6)
+
+
+def test_a_path_is_no_anndata():
+    with pytest.raises(InputError, match="expected an AnnData, got str; read_context reads files"):
+        Context.from_anndata("c.h5ad")
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+def test_a_mask_of_any_separator(separator, tmp_path):
+    mask = tmp_path / "m.csv"
+    mask.write_text(separator.join(["barcode", "context"]) + f"\nspot1{separator}1\nspot0{separator}0\n")
+    counts = Context(["spot0", "spot1"], [[1.0], [2.0]], ["GENE0"])
+    assert choose_spots(counts, SLIDE, str(mask)).ids == ["spot1"]
+
+
 def test_an_anndata_in_memory_is_the_context_that_its_file_is(tmp_path):
     counts = sparse.random(4, 3, 0.5, "csr", "f4", rng=0)
     counts.data = np.ceil(counts.data * 9)
@@ -125,7 +183,7 @@ def test_an_anndata_in_memory_is_the_context_that_its_file_is(tmp_path):
 
 
 def test_counts_that_look_log_transformed_warn():
-    with pytest.warns(InputWarning, match="no whole numbers"):
+    with pytest.warns(InputWarning, match="not whole numbers"):
         Context([0], np.log1p([[1.0, 2.0]]), ["GENE0", "GENE1"]).resolve(SLIDE, GENES)
 
 
@@ -135,7 +193,7 @@ def test_counts_that_look_log_transformed_warn():
         ([0, 1], [[1.0]], ["GENE0"], r"\[1, 1\]; expected \[2 spots, 1 genes\]"),
         ([0], [[1.0, 2.0]], ["GENE0"], "expected"),
         (["spot9", "spot8"], [[1.0], [2.0]], ["GENE0"], "none of its 2 barcodes is in the slide, the first is 'spot9'"),
-        (["spot1", "spot1"], [[1.0], [2.0]], ["GENE0"], "spot 'spot1' stands twice"),
+        (["spot1", "spot1"], [[1.0], [2.0]], ["GENE0"], "spot 'spot1' appears twice"),
         ([6], [[1.0]], ["GENE0"], "spot 6 is not in 0..5"),
         ([-1], [[1.0]], ["GENE0"], "spot -1"),
         ([1, 1], [[1.0], [2.0]], ["GENE0"], "twice"),
@@ -145,8 +203,8 @@ def test_counts_that_look_log_transformed_warn():
         ([0], [[np.nan]], ["GENE0"], "NaN"),
         ([0], [[1.0]], ["FOO"], "none of its 1 genes"),
         ([0], np.zeros((1, 0)), [], "none of its 0 genes"),
-        ([0], [["many"]], ["GENE0"], "no matrix"),
-        ([0], [[1j]], ["GENE0"], "no matrix"),
+        ([0], [["many"]], ["GENE0"], "not a matrix"),
+        ([0], [[1j]], ["GENE0"], "not a matrix"),
         ([0], [[1.0]] * 5, "GENE0", "not one text"),
     ],
 )
@@ -193,7 +251,7 @@ def test_a_list_longer_than_the_name_of_a_file():
 
 def test_a_spot_that_has_two_rows_of_counts_is_refused():
     twice = Context(["spot1", "spot2", "spot1"], [[1], [2], [3]], ["GENE1"])
-    with pytest.raises(InputError, match="context of s2: spot 'spot1' stands twice"):
+    with pytest.raises(InputError, match="context of s2: spot 'spot1' appears twice"):
         choose_spots(twice, SECTION, "spot1,spot2")
 
 
@@ -230,5 +288,5 @@ def test_a_share_of_which_no_spot_has_counts():
 )
 def test_files_that_are_no_mask(text, tmp_path):
     (tmp_path / "mask.csv").write_text(text)
-    with pytest.raises(InputError, match="no mask|chooses no spot"):
+    with pytest.raises(InputError, match="not a mask|chooses no spot"):
         choose_spots(FULL, SECTION, str(tmp_path / "mask.csv"))

@@ -9,6 +9,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -94,6 +95,32 @@ def test_arrays_as_libraries_hand_them_are_made_native_and_own(values, dtype, wa
             np.testing.assert_array_equal(found.features, values)  # a later change is not the slide's
 
 
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (np.ma.masked_equal([[1.0, 9.0], [9.0, 2.0]], 9), "features are not an array of numbers .2 entries are masked"),
+        (torch.ones(2, 2, requires_grad=True), "detach"),
+        (torch.ones(2, 2, dtype=torch.bfloat16), "BFloat16"),
+        ([[1, 2], [3]], "not an array of numbers"),
+        (pd.DataFrame({"a": [1.0, 2.0], "b": ["x", "y"]}), "type object"),
+    ],
+)
+def test_features_that_are_none(features, message):
+    with pytest.raises(InputError, match=message):
+        Slide([[0, 0], [1, 1]], features)
+
+
+def test_masked_arrays_without_a_masked_entry_and_nullable_tables_are_arrays():
+    values = np.array([[1.0, 2.0], [3.0, 4.0]])
+    for features in (np.ma.array(values), pd.DataFrame(values).astype("Float32"), torch.tensor(values)):
+        np.testing.assert_array_equal(Slide(np.ma.array(values), features).features, values)
+
+
+def test_a_path_is_no_anndata():
+    with pytest.raises(InputError, match="expected an AnnData, got str; read_slide reads files"):
+        Slide.from_anndata("s.h5ad")
+
+
 def test_an_array_that_nobody_writes_to_is_not_copied():
     features = np.ones((4, 3), np.float32)
     features.flags.writeable = False
@@ -104,11 +131,12 @@ def test_an_array_that_nobody_writes_to_is_not_copied():
 
 @pytest.mark.parametrize("backed", [False, True])
 @pytest.mark.parametrize("key", [None, "uni"])
-def test_an_anndata_in_memory_is_what_its_file_is(backed, key, tmp_path):
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+def test_an_anndata_in_memory_is_what_its_file_is(backed, key, form, tmp_path):
     rng = np.random.default_rng(0)
     features, coords = rng.standard_normal((12, 7)).astype(np.float32), rng.integers(0, 999, (12, 2))
     obsm = {"spatial": coords, "uni": features[:, :3].astype(np.float64)}
-    adata = AnnData(features, obs=pd.DataFrame(index=[f"s{i}" for i in range(12)]), obsm=obsm)[2:]
+    adata = AnnData(form(features), obs=pd.DataFrame(index=[f"s{i}" for i in range(12)]), obsm=obsm)[2:]
     adata.copy().write_h5ad(tmp_path / "s.h5ad")
     read = read_slide(tmp_path / "s.h5ad", features_key=key, organ="kidney")
     held = anndata.read_h5ad(tmp_path / "s.h5ad", backed="r") if backed else adata
@@ -175,7 +203,7 @@ def test_names_take_their_usual_spelling():
         ({"coords": np.full((4, 2), 1e300)}, "NaN or infinite .in float32"),
         ({"barcodes": ["a", "b", "c", "d\0"]}, "not a name"),
         ({"barcodes": ["a", "b"]}, "2 barcodes for 4 spots"),
-        ({"barcodes": ["a", "b", "c", "b"]}, "'b' stands twice"),
+        ({"barcodes": ["a", "b", "c", "b"]}, "'b' appears twice"),
         ({"organ": "Kidny"}, "did you mean Kidney"),
         ({"technology": "Visum"}, "did you mean Visium"),
         ({"coords": np.ones((0, 2)), "features": np.ones((0, 3))}, "no spots"),

@@ -202,7 +202,7 @@ def test_simulated_slides_are_called_so(tiny, tiny_checkpoint, evaluate, tmp_pat
         ("expression --genes GENE0 --baselines", ("need slides to learn from", "--train-slides")),
         ("expression --genes GENE0 --train-slides S1", ("add --baselines",)),
         ("expression --genes GENE0 --slides S1 --train-slides S1 --baselines", ("'S1'", "keep it on one side")),
-        ("expression --genes GENE0 --regions region", ("--regions is no option of expression", "clustering")),
+        ("expression --genes GENE0 --regions region", ("--regions is not an option of expression", "clustering")),
         ("clustering", ("needs the regions", "--regions")),
         ("clustering --regions regions", ("slide S0: no obs column 'regions'", "did you mean region?", "everywhere")),
         ("clustering --regions everywhere", ("slide S0", "holds only 'tumour'")),
@@ -289,7 +289,7 @@ def test_results_are_not_written_over_other_things(evaluate, tmp_path):
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes").write_text("mine")
-    for name, message in (("taken", "a file stands there"), ("folder", "holds something else")):
+    for name, message in (("taken", "a file is there"), ("folder", "holds something else")):
         code, out, err, _ = evaluate(*words, out=name)
         assert (code, out) == (2, "")
         assert message in err
