@@ -34,11 +34,11 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 """
 READING = """
 <p>The reference is the model in PyTorch, in float64. Beside the engine stands PyTorch itself, in the engine's
-precision: what it errs, too, is the price of the precision. A stage errs in two ways. Its <b>own</b> error is what it
-errs when it is handed the reference's numbers, rounded to the type that passes between the stages: where that rises,
-the error enters. The <b>accumulated</b> error is that of the engine as it predicts. The bars of relative L2 are 1e-5 in
-float32, and below it twice what PyTorch errs in the same way. Those of the comparisons decide whether an engine passes;
-those of the stages say where to look.</p>
+precision: the error that it has too is the price of the precision. A stage has two errors. Its <b>own</b> error is
+that of the stage alone, given the reference's numbers, rounded to the type that passes between the stages: where that
+rises, the error enters. The <b>accumulated</b> error is that of the engine as it predicts. The bars of relative L2 are
+1e-5 in float32, and in a lower precision twice PyTorch's error in the same way. Those of the
+comparisons decide whether an engine passes; those of the stages say where to look.</p>
 """
 OUTPUTS = {
     "gene_rows": "gene rows",

@@ -29,7 +29,7 @@ Report = dict[str, Any]  # what engine.json keeps of a proof
 
 L2_BAR = 1e-5  # fp32, relative to the reference
 PEARSON_BAR = 0.99999  # fp32, of every gene that varies
-TIMES_TORCH = 2.0  # a lower precision may err twice what PyTorch errs in it
+TIMES_TORCH = 2.0  # a lower precision may have twice the error that PyTorch has in it
 LOW_PEARSON_BAR = 0.999  # a lower precision, of every gene that varies, on slides that are given
 LOW_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SPOTS = (1, 2, 37, 500)
@@ -241,18 +241,18 @@ def spots_and_keys(engine: Engine, case: Case, neighbors: int | None) -> tuple[S
     """A case as `stpath_runtime.encoding.encoder` takes it."""
     rows = case.context.resolve(case.slide, engine.vocabulary) if case.context is not None else None
     spots = Spots.of([case.slide], [rows])
-    attention = Attention(kind(neighbors), neighbors or 0)
+    attention = Attention(attention_name(neighbors), neighbors or 0)
     return spots, keys_of([case.slide], spots, engine.manifest.model, engine.precision, attention)
 
 
-def kind(neighbors: int | None) -> str:
+def attention_name(neighbors: int | None) -> str:
     """The name of the attention."""
     return "global" if neighbors is None else "knn"
 
 
 def engine_paths(engine: Engine, case: Case, neighbors: int | None) -> Iterator[tuple[str, tuple[Floats, Floats]]]:
     """The ways in which an engine computes a case: name, (embedding, expression)."""
-    attention = kind(neighbors)
+    attention = attention_name(neighbors)
     spots, keys = spots_and_keys(engine, case, neighbors)
     backend, model, precision = engine.backend, engine.manifest.model, engine.precision
     tokens = engine.vocabulary.panel(case.genes).tokens

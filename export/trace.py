@@ -1,6 +1,6 @@
 """Where the error of an engine enters: what each stage gives, beside the float64 reference, with PyTorch beside it.
 
-A stage errs in two ways. *Accumulated*: in the engine's own row of stages, as it predicts. *Own*: alone, handed the
+A stage has two errors. *Accumulated*: within the engine's run of all stages, as it predicts. *Own*: alone, given the
 reference's numbers, rounded to the type that passes between the stages. Where the own error rises, the error enters.
 
 Both are of the stages as `stpath_runtime.encoding.encoder` runs them: a backend is wrapped that keeps what each stage
@@ -40,9 +40,9 @@ from .proof import (
     TIMES_TORCH,
     Case,
     Floats,
+    attention_name,
     attentions,
     gene_pearson,
-    kind,
     relative_l2,
     spots_and_keys,
 )
@@ -133,15 +133,15 @@ def trace(engine: Engine, exact_model: STPath, torch_model: STPath, case: Case, 
         for stage, output in (at,)
     ]  # fmt: skip
     reference = predicted["reference"]
-    some = np.random.default_rng(0).permutation(reference.size)[:SHOWN]
+    sample = np.random.default_rng(0).permutation(reference.size)[:SHOWN]
     return Trace(
         case=case.name,
-        attention=kind(neighbors),
+        attention=attention_name(neighbors),
         spots=len(case.slide),
         rows=rows,
         pearson={who: _pearson(predicted[who], reference) for who in own},
         histograms={who: _histogram(predicted[who], reference) for who in own},
-        shown={who: values.ravel()[some].astype(np.float64) for who, values in predicted.items()},
+        shown={who: values.ravel()[sample].astype(np.float64) for who, values in predicted.items()},
     )
 
 

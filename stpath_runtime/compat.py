@@ -25,7 +25,7 @@ from .slides.vocabulary import GeneVocabulary
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# The published alignment, by exact spelling, where it differs from this package's.
+# The published spellings whose tokens differ from this package's.
 _PUBLISHED_ORGANS = {"Ovary": "Others"}
 
 
@@ -107,7 +107,7 @@ class STPathInference:
 
 
 def _exported_once(checkpoint: Path, genes: Path | None) -> Path:
-    """The engine of a checkpoint, in a folder beside it that its hash and the vocabulary's name."""
+    """The engine of a checkpoint, in a folder beside it that is named after the hashes of checkpoint and vocabulary."""
     for path in (checkpoint, genes):
         if path is not None and not path.is_file():
             raise FileError(f"{path}: no such file")

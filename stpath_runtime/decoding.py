@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OURS = ("uns/stpath", "uns/spatialdata_attrs", f"tables/{TABLE}", f"shapes/{SHAPES}", "var/gene_ids")
-DROPPED = ("uns", "layers", "raw", "obsp", "varm", "varp")  # groups of which nothing else is kept
+DROPPED = ("uns", "layers", "raw", "obsp", "varm", "varp")  # groups that are not kept when a prediction is rewritten
 
 
 def add_genes(
@@ -34,10 +34,10 @@ def add_genes(
     dtype: npt.DTypeLike,
     on_tile: OnTile | None = None,
 ) -> tuple[int, int, int]:
-    """Write a prediction with further genes, which the head decodes from its embedding [N, d].
+    """Add genes to a prediction: the head decodes them from the embedding [N, d] that it keeps.
 
-    The genes that it has come first, with their values as they are; of the genes asked for, those that it lacks are
-    added, in their order. `target` may be the prediction itself, unless it holds what others have added to it.
+    The genes that it already has come first, unchanged; those that it lacks are added in the order given. `target` may
+    be the prediction itself, unless other programs have added to it.
 
     Parameters
     ----------

@@ -327,7 +327,7 @@ class Engine:
         return expression
 
     def attention(self, attention: str | Attention | None = None, neighbors: int | None = None) -> Attention:
-        """How spots attend when this is asked for; warns, once, where the model was trained another way.
+        """The attention for these arguments; warns, once, if the model was trained with another.
 
         Raises
         ------
@@ -350,7 +350,7 @@ class Engine:
         return chosen
 
     def hash(self) -> str:
-        """SHA-256 of the manifest that was loaded, which holds those of every file: it tells engines apart."""
+        """SHA-256 of the loaded manifest, which holds the hash of every file: it identifies the engine."""
         return self._digest
 
     def _embed(
@@ -361,7 +361,7 @@ class Engine:
         memory: int | str | None,
         on_tile: OnTile | None,
     ) -> list[npt.NDArray[np.float32]]:
-        """Embeddings of slides, by one row of calls."""
+        """Embeddings of slides, computed together."""
         size = parse_bytes(memory) if memory is not None else None
         model, spots = self.manifest.model, Spots.of(slides, contexts)
         keys = keys_of(slides, spots, model, self.precision, attention)
@@ -370,7 +370,7 @@ class Engine:
 
 
 def check_slide(slide: Slide, manifest: Manifest) -> None:
-    """Check that a slide is one, with features as wide as an engine expects.
+    """Check that this is a Slide, and that its features have the width that the engine expects.
 
     Raises
     ------
@@ -393,7 +393,7 @@ def check_slide(slide: Slide, manifest: Manifest) -> None:
 
 
 def check_embedding(embedding: npt.NDArray[Any], name: str, manifest: Manifest) -> npt.NDArray[Any]:
-    """Check that an embedding is one of an engine's model, by its width.
+    """Check that an embedding has the width of the engine's model.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""The faults that the command line tells apart by exit code and by code, and the warning that it shows.
+"""The exceptions of this package, one for each family of causes, and its warning.
 
-Every code is a row of docs/errors.md: its cause and its mend.
+Every code is a row of docs/errors.md: its cause and its fix.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from contextvars import ContextVar
 from typing import ClassVar
 
 PACKAGES = ("stpath_runtime", "stpath_train", "stpath_export")
-FAULT = "fault"  # of this program
+FAULT = "fault"  # a bug of this program
 INTERRUPTED = "interrupted"
 
 
 class InputError(ValueError):
-    """The input or the call is at fault: the message says what is wrong, where, and what to do (exit code 2).
+    """The input or the call is wrong: the message says what, where, and what to do about it (exit code 2).
 
-    What is raised is one of the subclasses, each a family of causes; to catch this one is to catch them all.
+    Always raised as one of its subclasses, each for a family of causes. Catch this one to catch them all.
     """
 
     code: ClassVar[str]
@@ -33,7 +33,7 @@ class OptionError(InputError):
 
 
 class FileError(InputError):
-    """A file that is to be read is not there, damaged, or of no kind that is read."""
+    """An input file is missing, damaged, or of a kind that is not supported."""
 
     code = "file"
 
@@ -45,37 +45,37 @@ class SlideError(InputError):
 
 
 class FeaturesError(InputError):
-    """Features are not as wide as the model or the store takes them: another tile encoder made them."""
+    """Features do not have the width that the model or the store expects: another tile encoder made them."""
 
     code = "features"
 
 
 class ContextError(InputError):
-    """Context counts are no raw counts, or do not fit the slide or the model."""
+    """Context counts are not raw counts, or do not fit the slide or the model."""
 
     code = "context"
 
 
 class GeneError(InputError):
-    """A gene that is asked for is unknown, or none is asked for."""
+    """A requested gene is unknown, or no gene is requested."""
 
     code = "gene"
 
 
 class VocabularyError(InputError):
-    """A gene vocabulary is faulty, or is not that of the model."""
+    """A gene vocabulary is invalid, or is not the model's."""
 
     code = "vocabulary"
 
 
 class EngineError(InputError):
-    """A folder is no engine, or the engine is damaged or newer than this version."""
+    """A folder is not an engine, or the engine is damaged or newer than this version."""
 
     code = "engine"
 
 
 class CheckpointError(InputError):
-    """A checkpoint is not there, none of STPath, or not that of the engine."""
+    """A checkpoint is missing, is not one of STPath, or is not the engine's."""
 
     code = "checkpoint"
 
@@ -87,13 +87,13 @@ class BackendError(InputError):
 
 
 class DeviceError(InputError):
-    """A device is unknown or not there."""
+    """A device is unknown or not present."""
 
     code = "device"
 
 
 class PlanError(InputError):
-    """TensorRT plans are missing, damaged, of another engine, GPU or version, or cannot be built."""
+    """TensorRT plans are missing or damaged, belong to another engine, GPU or version, or cannot be built."""
 
     code = "plan"
 
@@ -105,31 +105,31 @@ class InstallError(InputError):
 
 
 class MemoryLimitError(InputError):
-    """Memory, or what a response may hold, does not suffice."""
+    """There is not enough memory, or the result is larger than a response may be."""
 
     code = "memory"
 
 
 class OutputError(InputError):
-    """Where a result is to go cannot be written, or holds something else."""
+    """A result cannot be written where it should go, or something else is already there."""
 
     code = "output"
 
 
 class PredictionError(InputError):
-    """A file is no prediction, or none that what is asked can be done with."""
+    """A file is not a prediction, or lacks what is needed for the request."""
 
     code = "prediction"
 
 
 class CohortError(InputError):
-    """A manifest or folder of slides is not as it has to be."""
+    """A manifest or a folder of slides is invalid."""
 
     code = "cohort"
 
 
 class ClusterError(InputError):
-    """A Ray cluster is not there, too small, or starts no worker."""
+    """A Ray cluster is missing, too small, or starts no worker."""
 
     code = "cluster"
 
@@ -141,13 +141,13 @@ class RemoteError(InputError):
 
 
 class DownloadError(InputError):
-    """The Hugging Face Hub does not give the files of a data set."""
+    """The Hugging Face Hub does not provide the files of a data set."""
 
     code = "download"
 
 
 class DataError(InputError):
-    """A data set, as it was downloaded, lacks what a training store is made from."""
+    """A downloaded data set lacks what a training store is made from."""
 
     code = "data"
 
@@ -165,13 +165,13 @@ class EncoderError(InputError):
 
 
 class ConfigError(InputError):
-    """A training config cannot be read, or does not fit the store, the checkpoint or the course of the run."""
+    """A training config cannot be read, or does not fit the store, the checkpoint or the run."""
 
     code = "config"
 
 
 class EvaluationError(InputError):
-    """Slides lack what a task of evaluation needs: spots, genes, regions, labels, or sides kept apart."""
+    """Slides lack what an evaluation needs: spots, genes, regions, labels, or separate training and test slides."""
 
     code = "evaluation"
 
@@ -183,7 +183,7 @@ class ParityError(RuntimeError):
 
 
 class InputWarning(UserWarning):
-    """The input is odd, and the result may be: the message says why."""
+    """The input is unusual, so the result may be too: the message says why."""
 
 
 _COLLECT: ContextVar[Callable[[str], None] | None] = ContextVar("collect", default=None)
@@ -191,7 +191,7 @@ _COLLECT: ContextVar[Callable[[str], None] | None] = ContextVar("collect", defau
 
 @contextmanager
 def warnings_to(collect: Callable[[str], None]) -> Iterator[None]:
-    """Hand the warnings of a block to a function, in this thread or task alone; nothing global is replaced."""
+    """Pass the warnings of a block to a function, in this thread or task only; nothing global is replaced."""
     token = _COLLECT.set(collect)
     try:
         yield
@@ -200,7 +200,7 @@ def warnings_to(collect: Callable[[str], None]) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Warn of odd input, at the line of the caller's own code that led here, however deep in this package."""
+    """Warn about unusual input, at the line of the caller's own code that led here, however deep in this package."""
     collect = _COLLECT.get()
     if collect is not None:
         collect(message)
@@ -212,12 +212,12 @@ def warn(message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
+    """The first line of an error's message, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def code_of(error: BaseException) -> str:
-    """The code of an error, whoever raised it: "file" where the system refuses one, "fault" where none is known."""
+    """The code of an error, whoever raised it: "file" for an error of the system, "fault" if it is unknown."""
     if isinstance(error, InputError | ParityError):
         return error.code
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, removed, checked to be writable, hashed."""
+"""Files: written atomically, removed, checked to be writable, hashed."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .errors import OutputError
 PARTIAL = re.compile(
     r"\.(?P<name>.+)\.(?:(?P<host>\w+)-)?(?P<process>\d+)(?:-[0-9a-f]{8})?\.(?P<kind>partial|earlier)", re.DOTALL
 )
-LONGEST_NAME = 150  # bytes of the name that a partial one begins with: a name has at most 255
+LONGEST_NAME = 150  # bytes of the final name that a partial name starts with; file systems allow 255 in all
 WEEK = 7 * 24 * 3600  # seconds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path`, which takes the place of `path` when the block ends well.
+    """Write `path` atomically: the block writes to the temporary name that it is given, which is then renamed.
 
-    The block makes a file or a folder under that name. It is on the disk before it is renamed: whatever happens, there
-    is the earlier result or the new one, whole. If the block fails, what it wrote is deleted.
+    The block makes a file or a folder under that name. It is synced to disk before it is renamed: whatever happens,
+    either the earlier result or the new one is there, whole. If the block fails, what it wrote is deleted.
 
     Raises
     ------
     InputError
-        If it cannot be written. Errors of other files, which the block reads, are raised as they are.
+        If `path` cannot be written. Errors about other files, which the block reads, are raised unchanged.
     """
     partial = path.with_name(partial_name(path.name))
     try:
@@ -47,7 +47,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         if not _is_of(error, path.parent):
             raise
-        # HDF5 puts the system's words in the middle of its own.
+        # HDF5 quotes the system's message in the middle of its own.
         inner = re.search(r"error message = '([^']+)'", str(error))
         why = inner[1] if inner else error.strerror or str(error)
         raise OutputError(f"{path}: cannot be written ({why}); free some space or choose another place") from error
@@ -56,10 +56,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what processes that are no more left half-written in a folder.
+    """Delete the half-written files that dead processes left in a folder.
 
-    What a living process writes stays, and so does what another machine wrote within a week. An earlier result that was
-    moved away for a new one goes back where the new one never came.
+    Files of a running process stay, and so do those of another machine for a week. An earlier result that was moved
+    aside for a new one is put back if the new one never arrived.
     """
     for path in [*folder.glob(".*.partial"), *folder.glob(".*.earlier")]:
         match = PARTIAL.fullmatch(path.name)
@@ -73,7 +73,7 @@ def sweep(folder: Path) -> None:
 
 
 def _is_left_over(path: Path, host: str | None, process: str) -> bool:
-    if host is None:  # of a version before this one, which named no host
+    if host is None:  # an earlier version wrote it, without a host
         return True
     if host != _host():
         return time.time() - path.lstat().st_mtime > WEEK
@@ -81,13 +81,13 @@ def _is_left_over(path: Path, host: str | None, process: str) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # it is another user's
+    except OSError:  # the process is another user's
         return False
     return False
 
 
 def partial_name(name: str, kind: str = "partial") -> str:
-    """What a file is called while it is written: its name, and whose it is by host, process and a random part."""
+    """The name of a file while it is being written: the final name, the host, the process and a random part."""
     short = name.encode(errors="surrogateescape")[:LONGEST_NAME].decode(errors="ignore")
     return f".{short}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.{kind}"
 
@@ -97,7 +97,7 @@ def _host() -> str:
 
 
 def _put_in_place(new: Path, path: Path) -> None:
-    """Rename a file or folder to where another may be; of two folders, both at once."""
+    """Rename a file or folder to a name that may be taken; two folders are exchanged in one step."""
     if not path.is_dir() or path.is_symlink():
         new.replace(path)
     elif not _exchanged(new, path):
@@ -112,7 +112,7 @@ def _put_in_place(new: Path, path: Path) -> None:
 
 
 def _exchanged(first: Path, second: Path) -> bool:
-    """Whether the system has exchanged two names, in one step; not every file system can."""
+    """Exchange two names in one step; False if the file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
@@ -121,36 +121,38 @@ def _exchanged(first: Path, second: Path) -> bool:
 
 
 def _to_disk(path: Path) -> None:
-    """Wait until a file, or the file system of a folder with all that is in it, is on the disk."""
+    """Sync a file to disk, or a folder and everything in it."""
     handle = os.open(path, os.O_RDONLY)
     try:
         if not path.is_dir():
             os.fsync(handle)
-        elif ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0:  # one wait, and not one for each of many files
+        elif (
+            ctypes.CDLL(None, use_errno=True).syncfs(handle) != 0
+        ):  # one call instead of an fsync for each of many files
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
     finally:
         os.close(handle)
 
 
 def _names_to_disk(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where the file system can."""
+    """Sync the names in a folder to disk, if the file system supports it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems of networks keep no order of names
+        with suppress(OSError):  # some network file systems do not support it
             os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def _is_of(error: OSError, folder: Path) -> bool:
-    """Whether an error is one of writing in a folder: most libraries say of no file that it is not another one."""
+    """Whether an error is about a file in this folder. Most libraries name no file: then it is assumed to be."""
     named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     within = folder.absolute()
     return not named or any(within in (name.absolute(), *name.absolute().parents) for name in named)
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -158,7 +160,7 @@ def remove(path: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file, itself and not a link to it, a second name (a hard link), or copy it where that cannot be."""
+    """Hard-link a file (the file itself, not a symbolic link to it), or copy it where that is impossible."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source.resolve(), target)

@@ -18,7 +18,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def available_on_host() -> int:
-    """Bytes that this process may still take: what the system has available, within the limit of its cgroup."""
+    """Bytes that this process can still allocate: what the system has available, within the limits of its cgroups."""
     meminfo = Path("/proc/meminfo")
     match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text()) if meminfo.exists() else None
     of_system = int(match[1]) * 1024 if match else memory_of_host()
@@ -26,16 +26,16 @@ def available_on_host() -> int:
 
 
 def available_in_cgroups(root: Path = CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes that each memory cgroup of this process may still take: its own and those around it, versions 1 and 2.
+    """Bytes that each memory cgroup of this process has left: its own and those around it, versions 1 and 2.
 
-    Files that were read and may be dropped at once (inactive_file of memory.stat) are free.
+    Cached file pages that the kernel can drop at once (inactive_file of memory.stat) count as free.
 
     Parameters
     ----------
     root
         Where cgroups are mounted: of version 2, or the folder with `memory` of version 1.
     membership
-        What tells the cgroups of this process.
+        The file that lists the cgroups of this process.
     """
     lines = membership.read_text().splitlines() if membership.exists() else []
     free = []
@@ -49,7 +49,7 @@ def available_in_cgroups(root: Path = CGROUPS, membership: Path = Path("/proc/se
         else:
             continue
         inside = mount / path.lstrip("/")
-        # In a container the path may be that of the host, which is not mounted: then the root is the container's.
+        # In a container the path may be the host's, which is not mounted: then the root is the container's own.
         for folder in dict.fromkeys([inside, *inside.parents, mount]):
             if folder == mount or mount in folder.parents:
                 free += _free_of(folder, *names)
@@ -57,7 +57,7 @@ def available_in_cgroups(root: Path = CGROUPS, membership: Path = Path("/proc/se
 
 
 def _free_of(folder: Path, limit: str, used: str, inactive: str) -> list[int]:
-    """Bytes that one cgroup may still take; none where it has no limit."""
+    """Bytes that one cgroup has left; an empty list if it has no limit."""
     try:
         text, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
@@ -72,9 +72,9 @@ def memory_of_host() -> int:
 
 
 def memory_of_process(field: str = "VmHWM") -> int:
-    """Bytes that this process takes of the machine's memory ("VmRSS") or took at the most ("VmHWM").
+    """Memory that this process uses now ("VmRSS") or used at its peak ("VmHWM"), in bytes.
 
-    Not ru_maxrss: a child's starts at what its parent held when it forked.
+    Not ru_maxrss: in a child process that starts at what its parent held when it forked.
     """
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None, f"Linux tells {field} of every process"
@@ -102,9 +102,9 @@ def parse_bytes(size: int | str) -> int:
 
 
 def network_setting_at_fault(error: BaseException) -> str | None:
-    """What to do about a variable of the surroundings that keeps a connection from starting; None where none does.
+    """How to fix an environment variable that keeps connections from starting; None if there is none.
 
-    A certificate file that is gone, or a proxy of a kind that the HTTP library does not know.
+    Either a certificate file that does not exist, or a proxy of a kind that the HTTP library does not support.
     """
     for name in CERTIFICATES:
         if (path := os.environ.get(name)) and not Path(path).exists():
@@ -129,7 +129,7 @@ def cpu_features() -> list[str]:
 
 
 def nvidia_gpus() -> list[str]:
-    """Names and memory of the NVIDIA GPUs, by the driver itself; none where there is no driver, or it finds none.
+    """Names and memory of the NVIDIA GPUs, from the driver; empty if there is no driver or no GPU.
 
     Source: https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__DEVICE.html.
     """
@@ -151,7 +151,7 @@ def nvidia_gpus() -> list[str]:
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed package, as the package index names it; None where it is not."""
+    """The version of an installed package, by its name on the package index; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

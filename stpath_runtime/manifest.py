@@ -1,4 +1,4 @@
-"""engine.json: what an engine directory holds, and the check that it still holds it."""
+"""engine.json, the manifest of an engine directory, and the check that the files still match it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of an STPath model, which show in the shapes of its checkpoint, and how it was trained to attend."""
+    """Sizes of an STPath model, as its checkpoint has them, and the attention that it was trained with."""
 
     d_model: int
     n_heads: int
@@ -41,7 +41,7 @@ class Manifest:
 
     schema: int
     model: ModelConfig
-    precision: str  #: "fp32" or "fp16": the type of the weights and of what passes between the stages
+    precision: str  #: "fp32", "fp16" or "bf16": the type of the weights and of what passes between the stages
     opset: int
     encoder: str  #: what computed the features that the model was trained on
     checkpoint: dict[str, str]  #: name and sha256
@@ -89,7 +89,7 @@ class Manifest:
         return manifest
 
     def check(self) -> None:
-        """Check what the types of the fields do not say: a damaged engine must not run.
+        """Check the values beyond their types: a damaged engine must not run.
 
         Raises
         ------

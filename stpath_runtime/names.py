@@ -1,4 +1,4 @@
-"""Lists of names as users give them on the command line."""
+"""Lists of names as users type them on the command line."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def listed_names(text: str, option: str, noun: str) -> list[str]:
 
 
 def shown(name: object) -> str:
-    """A name as text that can be shown, whatever bytes the name of a file holds."""
+    """A name as printable text, whatever bytes a file name contains."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 

@@ -1,4 +1,4 @@
-"""Records as they stand in JSON files, checked: each field is there, of its type, and nothing else is."""
+"""Records of JSON files, checked: every field is present and of its type, and there are no others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {
 
 
 def record(cls: type[T], json: object, name: str = "") -> T:
-    """A dataclass from what a JSON file holds, each value of the type that its field says.
+    """Make a dataclass of parsed JSON, and check each value against the type of its field.
 
     Fields may be text, numbers, booleans, None, lists and tuples of one type, dictionaries by text, unions of these,
     `Any`, and dataclasses. A whole number is also a number; true and false are not; NaN and infinity are refused.

@@ -63,13 +63,13 @@ class Model(Section):
 
 
 class Masking(Section):
-    """What the model is not shown of a window, and is asked for."""
+    """What is hidden of a window, and what is to be predicted."""
 
     ratio: tuple[Above0, Above0] = Field((10, 1), description="a and b of the Beta distribution of the masked share")
     whole: Share = Field(0.9, description="of the masked spots, the share that gets the mask token")
     genes_lost: Share = Field(0.5, description="share of the genes asked for that the other masked spots lose")
     highly_variable: Share = Field(0.8, description="share of windows asked for highly variable genes; else for all")
-    technology_dropped: Share = Field(0.8, description="share of spots whose technology is not told")
+    technology_dropped: Share = Field(0.8, description="share of spots whose technology is hidden")
 
 
 class Optimizer(Section):

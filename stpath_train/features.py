@@ -283,7 +283,7 @@ def _begin(half: Path, source: h5py.File, width: int, about: dict[str, str]) -> 
 
 
 def _goes_on(half: Path, about: dict[str, str]) -> bool:
-    """Whether a file of an earlier run can be gone on with."""
+    """Whether a file of an earlier run can be continued."""
     import h5py
 
     found: dict[str, str] = {}

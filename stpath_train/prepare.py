@@ -56,7 +56,7 @@ VERSION = 1  # of what a slide is made into: a change makes every slide anew
 
 @dataclass(frozen=True)
 class Options:
-    """How slides are made ready."""
+    """How slides are prepared."""
 
     layout: Layout
     hvg: int = 200  # highly variable genes that are marked on a slide
@@ -413,7 +413,7 @@ def _warn_of_others(sources: Sequence[Source], options: Options) -> None:
 def _becomes_others(organ: str) -> bool:
     try:
         return organ.casefold() != "others" and ORGANS[organ_token(organ or None)] == "Others"
-    except InputError:  # told of each slide
+    except InputError:  # reported for each slide
         return False
 
 

@@ -8,7 +8,7 @@
       tasks/NAME.json  a benchmark's genes and folds (`Task`)
       failures.csv     slides that could not be taken, and why
 
-A slide's spots stand in spatial order, so that a window of near spots is a few runs of rows; X holds the genes of the
+A slide's spots are in spatial order, so that a window of near spots is a few runs of rows; X holds the genes of the
 vocabulary that were measured on the slide, by token. N spots, F features, P genes measured.
 """
 

@@ -171,7 +171,7 @@ class History(Callback):
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add a row, and write the table and its picture."""
+        """Add a row, and write the table and its plot."""
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if not math.isfinite(metrics["loss"]):  # before a checkpoint is written
             raise ConfigError(
@@ -204,7 +204,7 @@ class Stopping(EarlyStopping):
 
 
 def train(config: TrainConfig) -> Path:
-    """Train, or go on with the run of the same config that is in `config.run.out`; returns the model's file.
+    """Train, or continue the run of the same config in `config.run.out`; returns the model's file.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def train(config: TrainConfig) -> Path:
     slides = Slides(store, config)
     trainer = _trainer(config)
     if trainer.is_global_zero:
-        _claim(config, store)
+        _start_or_resume(config, store)
         print(as_yaml(config), flush=True)  # noqa: T201
     last = _last_checkpoint(run.out)
     if last is not None and trainer.is_global_zero:
@@ -233,7 +233,7 @@ def train(config: TrainConfig) -> Path:
     with warnings.catch_warnings():
         for known in ("does not have many workers", "Total length of", "exists and is not empty", "LeafSpec"):
             warnings.filterwarnings("ignore", f".*{known}.*")
-        with _faults_named(trainer):
+        with _clear_errors(trainer):
             trainer.fit(module, slides, ckpt_path=last, weights_only=True)
     if trainer.is_global_zero:
         best = _best(trainer)
@@ -246,8 +246,8 @@ def train(config: TrainConfig) -> Path:
 
 
 @contextmanager
-def _faults_named(trainer: L.Trainer) -> Iterator[None]:
-    """Say in a line what ended a run, and what to do."""
+def _clear_errors(trainer: L.Trainer) -> Iterator[None]:
+    """Turn the error that ended a run into one line with what to do."""
     try:
         yield
     except SystemExit:  # as Lightning turns Ctrl-C into
@@ -419,8 +419,8 @@ def _logger(config: TrainConfig) -> Any:
     return WandbLogger(name=run.out.name, save_dir=run.out, config=config.model_dump(mode="json"))
 
 
-def _claim(config: TrainConfig, store: Store) -> None:
-    """Write the config, and what the store holds, into the run's folder, where no other run is."""
+def _start_or_resume(config: TrainConfig, store: Store) -> None:
+    """Write the config and a record of the store's contents into the run's folder, or check that they are the same."""
     out = config.run.out
     chosen = config.data.slides if config.data.slides is not None else sorted(store.records)
     held = {"slides": chosen, "features": store.n_features, "genes": genes_hash(store.vocabulary)}

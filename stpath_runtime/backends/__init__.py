@@ -1,4 +1,4 @@
-"""What runs the graphs of an engine: one small file a backend, behind one Protocol."""
+"""Backends, which run the graphs of an engine: one small file each, behind one Protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BACKENDS = ("onnxruntime", "openvino", "tensorrt", "tensorrt_rtx")
 
 
 def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", precision: str | None = None) -> Backend:
-    """Open an engine's graphs with the backend, on the device and in the precision that are asked for, and no other.
+    """Open an engine's graphs with exactly this backend, device and precision.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""One NVIDIA GPU, through CUDA's runtime: what it is, memory on it, copies to it and back.
+"""One NVIDIA GPU, through CUDA's runtime: its properties, memory, and copies to it and back.
 
 Source: https://nvidia.github.io/cuda-python/cuda-bindings/latest/module/runtime.html; every call returns its error code
 first.
@@ -22,7 +22,7 @@ from ..errors import DeviceError, InstallError, MemoryLimitError
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """An array in the memory of a GPU; some of its rows are a view, as in NumPy."""
+    """An array in the memory of a GPU; slicing its rows gives a view, as in NumPy."""
 
     address: int
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class DeviceArray:
         return DeviceArray(self.address + start * row_bytes, (stop - start, *self.shape[1:]), self.dtype)
 
     def overlaps(self, other: DeviceArray) -> bool:
-        """Whether some memory is a part of both."""
+        """Whether the two arrays overlap in memory."""
         return self.address < other.address + other.nbytes and other.address < self.address + self.nbytes
 
 
@@ -50,16 +50,16 @@ PINNED_BYTES = BUFFERS * PIECE  # of host memory, whatever is uploaded
 
 @dataclass(frozen=True)
 class _Pinned:
-    """Host memory that the GPU reads by itself, and the event after which it has read it."""
+    """A pinned host buffer, which the GPU reads directly, and the event that marks that it has done so."""
 
     address: int
     read: Any
 
 
 class Gpu:
-    """A GPU, its memory by name, and one stream in which all work is done in order.
+    """A GPU, named buffers on it, and one stream in which all work runs in order.
 
-    One thread at a time may use it: `alone` is the lock to hold.
+    One thread at a time may use it: hold the lock `alone`.
 
     Parameters
     ----------
@@ -95,30 +95,30 @@ class Gpu:
         self.stream = int(self._call("cudaStreamCreate"))
         self._memory: dict[str, tuple[int, int]] = {}  # name -> address, bytes
         self._ring: list[_Pinned] = []  # the one to use next is the first, once all are there
-        # Also frees what nobody closes; not at the end of the process, which frees everything by itself.
+        # Also frees the memory of an object that nobody closes; not at exit, when the driver frees everything anyway.
         self.close = weakref.finalize(self, _free, runtime, self.index, self.stream, self._memory, self._ring)
         self.close.atexit = False
 
     def use(self) -> None:
-        """Make it the GPU of the calling thread."""
+        """Make this the calling thread's current GPU."""
         self._call("cudaSetDevice", self.index)
 
     def unused_memory(self) -> int:
-        """Bytes that nobody holds."""
+        """Bytes free on the GPU."""
         return int(self._call("cudaMemGetInfo")[0])
 
     def free_memory(self) -> int:
-        """Bytes that are free on it, or are held here and will be used again."""
+        """Bytes free on the GPU, plus those held here for reuse."""
         self.use()
         return self.unused_memory() + sum(size for _, size in self._memory.values())
 
     def reserve(self, name: str, size: int) -> int:
-        """Address of at least `size` bytes under a name, reused by later calls and grown when they ask for more.
+        """Address of a named buffer of at least `size` bytes, reused by later calls and grown if they need more.
 
         Raises
         ------
         InputError
-            If the GPU has not that much.
+            If the GPU does not have that much.
         """
         address, held = self._memory.get(name, (0, 0))
         if size > held:
@@ -130,19 +130,19 @@ class Gpu:
         return address
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """The memory of that name as an array, whatever it holds."""
+        """The named buffer as an array, not initialised."""
         size = prod(shape) * np.dtype(dtype).itemsize
         return DeviceArray(self.reserve(name, max(1, size)), shape, np.dtype(dtype))
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """The memory of that name as an array of zeros."""
+        """The named buffer as an array of zeros."""
         array = self.empty(name, shape, dtype)
         if array.nbytes:
             self._call("cudaMemsetAsync", array.address, 0, array.nbytes, self.stream)
         return array
 
     def upload(self, name: str, array: npt.NDArray[Any]) -> DeviceArray:
-        """Copy an array to the memory of that name, by way of pinned memory: it may be changed at once."""
+        """Copy an array to the named buffer, through pinned memory: the caller may change it right away."""
         uploaded = self.empty(name, array.shape, array.dtype)
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
@@ -160,7 +160,7 @@ class Gpu:
             self._call("cudaMemcpyAsync", to.address, source.address, source.nbytes, kind, self.stream)
 
     def download(self, array: DeviceArray) -> npt.NDArray[Any]:
-        """The array in host memory, which is filled at the next `synchronize`."""
+        """A copy of the array in host memory, complete after the next `synchronize`."""
         downloaded = np.empty(array.shape, array.dtype)
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         if array.nbytes:
@@ -168,11 +168,11 @@ class Gpu:
         return downloaded
 
     def synchronize(self) -> None:
-        """Wait until all that was asked for is done."""
+        """Wait until all queued work is done."""
         self._call("cudaStreamSynchronize", self.stream)
 
     def _next_pinned(self) -> _Pinned:
-        """A buffer of the ring that the GPU has read."""
+        """A buffer of the ring that the GPU has finished reading."""
         if len(self._ring) < BUFFERS:
             read = self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming)
             self._ring.append(_Pinned(int(self._call("cudaHostAlloc", PIECE, 0)), read))
@@ -196,7 +196,7 @@ class Gpu:
 
 
 def _free(cuda: Any, index: int, stream: int, memory: dict[str, tuple[int, int]], ring: list[_Pinned]) -> None:
-    """Free all that a GPU object holds, when what was queued is done; CUDA's errors have nobody to read them."""
+    """Free everything that a Gpu holds, once queued work is done; errors are ignored, as nobody could act on them."""
     cuda.cudaSetDevice(index)
     cuda.cudaStreamSynchronize(stream)
     for address, _ in memory.values():

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, and what its providers share."""
+"""ONNX Runtime on the CPU, and what its execution providers share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..machine import available_on_host, installed
 from .workspace import HostWorkspace, require_open
 
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "CUDA failure 2:", "out of memory")
-PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # that write one folder
+PACKAGES = ("onnxruntime", "onnxruntime-gpu")  # which install into one folder
 
 
 class OnnxRuntimeBackend:
@@ -67,7 +67,7 @@ class OnnxRuntimeBackend:
         self._sessions.clear()
 
     def _require_memory(self, error: Exception, graph: str) -> None:
-        """Say so where an error of a run is that memory ran out."""
+        """Raise MemoryLimitError if an error of a run means that memory ran out."""
         if is_out_of_memory(error):
             raise MemoryLimitError(
                 f"{self.device}: not enough memory for a tile of {graph}; give less with --memory"
@@ -78,7 +78,7 @@ class OnnxRuntimeBackend:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # Graphs run in turn, each on threads of its own: spinning, those of the last would take the cores of the next.
+        # Each graph has its own threads, and they run in turn: spinning threads of one would take the next one's cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return options, {}
 
@@ -92,7 +92,7 @@ class OnnxRuntimeBackend:
         options, provider_options = self._options()
         path = self._engine / f"{graph}.onnx"
         try:
-            # Without its fallback: where the provider fails, Python's part of ONNX Runtime would take the CPU instead.
+            # No fallback: if the provider fails, ONNX Runtime's Python API would silently use the CPU.
             session = self._ort.InferenceSession(
                 path, options, providers=[(self.provider, provider_options)], enable_fallback=0
             )
@@ -102,7 +102,7 @@ class OnnxRuntimeBackend:
         return session
 
     def _failed_start(self, path: Path, error: Exception) -> Exception:
-        """What to raise where a session does not start."""
+        """The error to raise if a session does not start."""
         if is_out_of_memory(error):
             return MemoryLimitError(f"{self.device}: not enough memory for the weights of {path}")
         return BackendError(f"{path}: ONNX Runtime cannot run it on {self.device}: {first_line(error)}")
@@ -132,16 +132,16 @@ def _import_onnxruntime() -> Any:
 
 @cache
 def _share_host_memory(ort: ModuleType) -> None:
-    """Let all sessions of the process take their memory from one arena; each would keep the largest tile in its own."""
+    """Let all sessions of the process share one arena; otherwise each would keep its largest tile in its own."""
     host = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-    as_requested = 1  # and not the next power of two
+    as_requested = 1  # grow by what is requested, not to the next power of two
     ort.create_and_register_allocator(host, ort.OrtArenaCfg(0, as_requested, -1, -1))
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether ONNX Runtime ran out of memory: an allocation of C++, of its arena, or of CUDA.
 
-    It raises a type of its own for the first alone; the others are failures whose text its sources fix.
+    Only the first has its own exception type; the others are recognised by texts fixed in its sources.
     Source: https://github.com/microsoft/onnxruntime, core/framework/bfc_arena.cc and
     core/providers/cuda/cuda_call.cc.
     """

@@ -1,7 +1,7 @@
 """ONNX Runtime on an NVIDIA GPU: graphs are queued in one stream, on arrays that stay on the GPU.
 
-CUDA graphs are not used: what they replay is tied to the memory that it was recorded on, and all graphs of an engine
-share theirs, or each would keep the scores of its largest tile.
+CUDA graphs are not used: a recording is tied to its memory, which the graphs of an engine share; otherwise each would
+keep the scores of its largest tile.
 
 Source: https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html and
 https://onnxruntime.ai/docs/performance/tune-performance/iobinding.html.
@@ -34,7 +34,7 @@ _ARENA: Counter[int] = Counter()  # bytes that the arena of each GPU has taken; 
 
 
 class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
-    """Runs graphs with ONNX Runtime's provider for CUDA, or not at all.
+    """Runs graphs with ONNX Runtime's CUDA provider, and never falls back to the CPU.
 
     Raises
     ------
@@ -43,7 +43,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         not start.
     """
 
-    # A kernel of a small tile ends sooner than the next can be queued.
+    # A kernel of a small tile ends before the next can be queued.
     most_rows = 8 * MOST_ROWS
     provider = "CUDAExecutionProvider"
 
@@ -73,7 +73,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         return gpu_workspace(self._gpu, self._launch)
 
     def available_memory(self) -> int:
-        """Bytes that the GPU has to give: what is free, and what ONNX Runtime's arena holds to use again."""
+        """Bytes available: free on the GPU, plus what ONNX Runtime's arena holds for reuse."""
         return self._gpu.free_memory() + _ARENA[self._gpu.index]
 
     def close(self) -> None:
@@ -110,7 +110,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
     def _load(self, graph: str) -> Any:
         session = super()._load(graph)
         running = session.get_providers()[0]
-        if running != self.provider:  # ONNX Runtime leaves a provider out with a mere log line
+        if running != self.provider:  # ONNX Runtime only logs that it leaves out a provider
             raise self._not_started(f"ONNX Runtime chose {running}")
         return session
 
@@ -132,7 +132,7 @@ def _type(array: DeviceArray) -> np.dtype[Any] | int:
 
 @cache
 def _preload_libraries(ort: ModuleType) -> str:
-    """Load CUDA's libraries from where pip puts them; returns what ONNX Runtime says of those that it did not find."""
+    """Load CUDA's libraries from where pip installs them; returns what ONNX Runtime prints about missing ones."""
     said = StringIO()
     with redirect_stdout(said):
         ort.preload_dlls()
@@ -141,7 +141,7 @@ def _preload_libraries(ort: ModuleType) -> str:
 
 @cache
 def _share_gpu_memory(ort: ModuleType, index: int) -> None:
-    """Let all sessions take their memory on a GPU from one arena."""
+    """Let all sessions share one arena on a GPU."""
     gpu = ort.OrtMemoryInfo("Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, index, ort.OrtMemType.DEFAULT)
     as_requested = 1  # and not the next power of two
     arena = ort.OrtArenaCfg(0, as_requested, -1, -1)

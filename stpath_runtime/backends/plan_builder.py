@@ -104,7 +104,7 @@ class Build:
         return all(plans.ranges(graph) == ranges for graph, ranges in self.ranges.items())
 
     def expected(self) -> str:
-        """How long it may take, and from what that is known."""
+        """How long the build may take, and how that is known."""
         for path in sorted((self.engine / FOLDER).glob(f"{self.library}-*")):
             with contextlib.suppress(ValueError):
                 earlier = Plans.read(path)
@@ -172,7 +172,7 @@ class Build:
 
 
 class TimingCache:
-    """What TensorRT measured in earlier builds, so that it need not again. TensorRT-RTX measures nothing."""
+    """TensorRT's timings of earlier builds, to be reused. TensorRT-RTX measures nothing."""
 
     def __init__(self, library: str, path: Path) -> None:
         self.used = library == "tensorrt"
@@ -263,7 +263,7 @@ def build_plan(
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[list[int]]:
-    """Keep Ctrl-C and the like, in a list, until the block ends: an exception in a call from TensorRT would be lost."""
+    """Collect Ctrl-C and other signals until the block ends: an exception inside TensorRT's callback would be lost."""
     waiting: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield waiting  # signals go to the main thread

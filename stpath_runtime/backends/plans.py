@@ -45,7 +45,7 @@ Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # the least, u
 
 @dataclass(frozen=True)
 class Plan:
-    """What plans.json says of one plan."""
+    """The entry of one plan in plans.json."""
 
     sha256: str
     onnx: str  # SHA-256 of the graph that it was built from
@@ -131,18 +131,18 @@ def quiet_logger(trt: ModuleType) -> Any:
 
 
 def last_error(log: Any) -> str:
-    """What TensorRT said last of a failure, in one line."""
+    """TensorRT's last error, in one line."""
     return " ".join(str(log.errors[-1]).split()) if log.errors else "no reason given"
 
 
 def stage_graphs(model: ModelConfig) -> list[str]:
-    """The graphs that plans are built of: the stages, and not the fused ones, which hold all scores at once."""
+    """The graphs that plans are built from: the stages, not the fused ones, which hold all scores at once."""
     names = [name.removesuffix(".onnx") for name in graph_files(model.n_layers)]
     return [name for name in names if not name.startswith("fused")]
 
 
 def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Range]:
-    """The shapes that each input of a stage may have: those of the encoder's tiles, with at most so many spots as keys.
+    """The shapes that each input of a stage may have: those of the encoder's tiles, with at most `max_spots` keys.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Ra
     head, knn = graph == "head", graph.startswith("knn_block")
     d, blocks = model.d_model, (1, MOST_ROWS // BLOCK, MOST_ROWS // BLOCK)
     rows = (BLOCK if knn else 1, MOST_ROWS, MOST_ROWS)
-    # Blocks name their keys among all rows of a slide, however many: no tensor grows with those but k and v themselves.
+    # Blocks index their keys among all rows of a slide: only k and v themselves grow with the slide.
     keys = (1, USUAL_SPOTS, MOST_ELEMENTS // d // BLOCK * BLOCK) if knn else (1, min(USUAL_SPOTS, spots), spots)
     keys_of_block = (PAD_KEYS, min(USUAL_KEYS, spots), spots)
     most_genes = min(GENES_AT_ONCE, model.n_tokens) if head else model.n_tokens
@@ -206,12 +206,12 @@ def plans_folder(engine: Path, library: str, version: str, target: str) -> Path:
     return engine / FOLDER / f"{library}-{version}-{target}"
 
 
-def check_plans(engine: Path, library: str, version: str, target: str, mend: str) -> Plans:
+def check_plans(engine: Path, library: str, version: str, target: str, fix: str) -> Plans:
     """The plans of an engine for a TensorRT and a generation of GPUs, each checked against its hash.
 
     Parameters
     ----------
-    mend
+    fix
         The command that builds them, for messages.
 
     Raises
@@ -223,25 +223,25 @@ def check_plans(engine: Path, library: str, version: str, target: str, mend: str
     wanted = f"{LIBRARIES[library]} {version} on {target}"
     if not folder.is_dir():
         others = ", ".join(sorted(path.parent.name for path in (engine / FOLDER).glob(f"[!.]*/{SIDECAR}"))) or "none"
-        raise PlanError(f"{engine}: no plans for {wanted}; it has {others}; {mend}")
+        raise PlanError(f"{engine}: no plans for {wanted}; it has {others}; {fix}")
     try:
         plans = Plans.read(folder)
     except ValueError as error:
-        raise PlanError(f"{folder / SIDECAR}: damaged ({error}); {mend}") from error
+        raise PlanError(f"{folder / SIDECAR}: damaged ({error}); {fix}") from error
     if (plans.library, plans.version, plans.target) != (library, version, target):
         built = f"{LIBRARIES.get(plans.library, plans.library)} {plans.version} on {plans.target}"
-        raise PlanError(f"{folder}: built for {built}, and this is {wanted}; {mend}")
-    _check_sources(engine, folder, plans, mend)
+        raise PlanError(f"{folder}: built for {built}, and this is {wanted}; {fix}")
+    _check_sources(engine, folder, plans, fix)
     for graph, plan in plans.plans.items():
         path = folder / f"{graph}.plan"
         if not path.is_file():
-            raise PlanError(f"{path}: missing; {mend}")
+            raise PlanError(f"{path}: missing; {fix}")
         if sha256(path) != plan.sha256:
-            raise PlanError(f"{path}: truncated or altered (its SHA-256 is not the one in {SIDECAR}); {mend}")
+            raise PlanError(f"{path}: truncated or altered (its SHA-256 is not the one in {SIDECAR}); {fix}")
     return plans
 
 
-def _check_sources(engine: Path, folder: Path, plans: Plans, mend: str) -> None:
+def _check_sources(engine: Path, folder: Path, plans: Plans, fix: str) -> None:
     """Compare what the plans were built from with the engine's manifest."""
     manifest = Manifest.read(engine)
     built = {f"{graph}.onnx": plan.onnx for graph, plan in plans.plans.items()} | {WEIGHTS: plans.weights}
@@ -249,5 +249,5 @@ def _check_sources(engine: Path, folder: Path, plans: Plans, mend: str) -> None:
         theirs, ours = str(built.get(name)), manifest.files[name]
         if theirs != ours:
             raise PlanError(
-                f"{folder}: built from another {name} (SHA-256 {theirs[:12]}…; the engine's is {ours[:12]}…); {mend}"
+                f"{folder}: built from another {name} (SHA-256 {theirs[:12]}…; the engine's is {ours[:12]}…); {fix}"
             )

@@ -55,9 +55,9 @@ class TensorRtBackend:
         self._trt = import_tensorrt(library)
         self._gpu = Gpu(device)
         self.device = self._gpu.device
-        self._mend = f"run: stpath build {engine} --backend {library} --device {self.device}"
+        self._fix = f"run: stpath build {engine} --backend {library} --device {self.device}"
         version, target = self._trt.__version__, self._gpu.target
-        self._plans = check_plans(engine, library, version, target, self._mend)
+        self._plans = check_plans(engine, library, version, target, self._fix)
         self._folder = plans_folder(engine, library, version, target)
         self._log = quiet_logger(self._trt)
         self._runtime = self._trt.Runtime(self._log)
@@ -115,13 +115,13 @@ class TensorRtBackend:
         plan, gpu = self._plan(graph), self._gpu
         for name, array in outputs.items():
             self._require(plan.context.set_tensor_address(name, array.address), graph, f"the address of {name}")
-        # Activations of these shapes, not of the largest, in memory that all plans share: they run one by one.
+        # Activations for these shapes, not the largest, in memory that all plans share, as they run one at a time.
         size = plan.context.update_device_memory_size_for_shapes()
         plan.context.set_device_memory(gpu.reserve("activations", max(1, size)), size)
         self._require(plan.context.execute_async_v3(gpu.stream), graph, "what is queued")
 
     def _require(self, taken: bool, graph: str, what: str) -> None:
-        """Check what a call of TensorRT returns: it raises nothing where it refuses."""
+        """Check the return value of a TensorRT call, which raises nothing when it fails."""
         if not taken:
             raise RuntimeError(f"{graph}: {LIBRARIES[self.name]} refuses {what}: {last_error(self._log)}")
 
@@ -138,7 +138,7 @@ class TensorRtBackend:
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             why = last_error(self._log)
-            raise PlanError(f"{path}: {LIBRARIES[self.name]} cannot load it on {self._gpu.name}: {why}; {self._mend}")
+            raise PlanError(f"{path}: {LIBRARIES[self.name]} cannot load it on {self._gpu.name}: {why}; {self._fix}")
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise MemoryLimitError(
@@ -158,7 +158,7 @@ class TensorRtBackend:
         more = max((size for size, high in zip(shape, largest, strict=True) if size > high), default=0)
         raise PlanError(
             f"{graph}: {name} of shape {list(shape)}, and the plan was built for {list(least)} to {list(largest)}, "
-            f"slides up to {self._plans.max_spots:,} spots; {self._mend}{f' --max-spots {more}' if more else ''}"
+            f"slides up to {self._plans.max_spots:,} spots; {self._fix}{f' --max-spots {more}' if more else ''}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where x, k and v of a slide are while the stages run over them: in the memory of the device that runs the stages."""
+"""Workspaces: they hold x, k and v of a slide in the memory of the device that runs the stages."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .cuda import DeviceArray, Gpu
 
 
 class HostWorkspace:
-    """Host memory: arrays are NumPy's, and results are copied to where they belong."""
+    """A workspace in host memory: arrays are NumPy's, and results are copied into them."""
 
-    # A graph may copy or convert what it takes, so a tile gets the rows that it needs.
+    # A graph may copy or convert its inputs, so a tile is given only the rows that it needs.
     takes_all_keys = False
 
     def __init__(self, run: Callable[[str, Arrays], list[npt.NDArray[Any]]]) -> None:
@@ -34,8 +34,8 @@ class HostWorkspace:
 
     def run(self, graph: str, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Run a graph, and copy its results."""
-        for rows, found in zip(outputs.values(), self._run(graph, inputs), strict=True):
-            rows[...] = found
+        for rows, values in zip(outputs.values(), self._run(graph, inputs), strict=True):
+            rows[...] = values
 
     def put(self, values: npt.NDArray[Any], rows: npt.NDArray[Any]) -> None:
         """Write values to rows of an array."""
@@ -50,7 +50,7 @@ Launch = Callable[[str, Mapping[str, DeviceArray], Mapping[str, DeviceArray]], N
 
 
 class GpuWorkspace:
-    """Memory of a GPU, used again by the next slide: features go up once, and the embedding comes down once.
+    """A workspace on a GPU, reused by the next slide: features are uploaded once, the embedding is downloaded once.
 
     Parameters
     ----------
@@ -72,12 +72,12 @@ class GpuWorkspace:
         return self._gpu.upload(f"kept {name}", array)
 
     def run(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, DeviceArray]) -> None:
-        """Queue a graph; what is not on the GPU goes there."""
+        """Queue a graph; inputs that are not on the GPU are uploaded."""
         given = {
             name: array if isinstance(array, DeviceArray) else self._gpu.upload(name, array)
             for name, array in inputs.items()
         }
-        # A graph may write before it has read everything, so rows that it takes are not those that it writes.
+        # A graph may write before it has read everything, so outputs must not overlap its inputs.
         taken = [name for name, rows in outputs.items() if any(rows.overlaps(array) for array in given.values())]
         apart = {name: self._gpu.empty(name, outputs[name].shape, outputs[name].dtype) for name in taken}
         self._launch(graph, given, {**outputs, **apart})
@@ -85,11 +85,11 @@ class GpuWorkspace:
             self._gpu.copy(array, outputs[name])
 
     def put(self, values: npt.NDArray[Any], rows: DeviceArray) -> None:
-        """Queue the values' way to rows of an array."""
+        """Queue a copy of the values to rows of an array."""
         self._gpu.copy(self._gpu.upload("put", values), rows)
 
     def fetch(self, array: DeviceArray) -> npt.NDArray[Any]:
-        """The array in host memory, when all that was queued is done."""
+        """The array in host memory, after all queued work is done."""
         found = self._gpu.download(array)
         self._gpu.synchronize()
         return found
@@ -97,7 +97,7 @@ class GpuWorkspace:
 
 @contextmanager
 def gpu_workspace(gpu: Gpu, launch: Launch) -> Iterator[GpuWorkspace]:
-    """The GPU's workspace, for one thread alone."""
+    """The GPU's workspace, for one thread at a time."""
     with gpu.alone:
         gpu.use()
         yield GpuWorkspace(gpu, launch)

@@ -1,6 +1,6 @@
 """The command `stpath`.
 
-Exit codes: 0 done, 1 a fault of this program, 2 the input or the call is at fault, 3 parity failed, 4 `bench compare`
+Exit codes: 0 done, 1 a bug of this program, 2 the input or the call is wrong, 3 parity failed, 4 `bench compare`
 found a regression.
 """
 
@@ -86,16 +86,16 @@ def _add_commands() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given  # taken anywhere on the line, as users put it last
+    debug = "--debug" in given  # accepted anywhere on the line: users put it last
     given = [word for word in given if word != "--debug"]
-    # As a cluster or a closed terminal sends: tidy up on the way out.
+    # Sent by a cluster or a closing terminal: clean up on the way out.
     earlier = {ending: signal.signal(ending, _stop) for ending in (signal.SIGTERM, signal.SIGHUP)}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
             stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
-            if not debug:  # other libraries' notes to their developers are no use to a user
+            if not debug:  # other libraries' notes to developers do not help a user
                 warnings.simplefilter("ignore")
             warnings.simplefilter("always", InputWarning)
             warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -138,7 +138,7 @@ def _report(error: Exception) -> int:
         line, code = f"{error.format_message().rstrip('.')}; see stpath --help", OptionError.code
     elif isinstance(error, OSError):
         named = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
-        # Some libraries say of no file that it failed; their own words may.
+        # Some libraries do not name the file in the error, but in its message.
         line = f"{' and '.join(named) or 'a file'}: {error.strerror if named else error}"
     elif isinstance(error, MemoryError):
         line = f"not enough memory ({error}); ask for fewer genes or smaller slides"

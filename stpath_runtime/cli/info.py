@@ -41,8 +41,8 @@ def print_parity(report: dict[str, Any], console: Any) -> None:
     from rich.table import Table
 
     verdict = "passed" if report["passed"] else "FAILED"
-    how = f"{report['backend']}, {report['precision']}"
-    table = Table(title=f"Parity with the float64 reference, {how}: {verdict}")
+    run = f"{report['backend']}, {report['precision']}"
+    table = Table(title=f"Parity with the float64 reference, {run}: {verdict}")
     for column in ("case", "path", "genes", "relative L2", "bar", "embedding", "lowest Pearson", ""):
         table.add_column(column, justify="left" if column in ("case", "path", "") else "right")
     for row in report["cases"]:

@@ -1,4 +1,4 @@
-"""The commands that make something of an engine: `build` and `triton`."""
+"""The commands that make something from an engine: `build` and `triton`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options that several commands share, and what is made of them."""
+"""The options that several commands share, and how they are parsed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ Type = Annotated[DType, typer.Option("--dtype", help="Type of the expression wri
 
 
 def chosen_backend(engine: Path, backend: str, device: str, precision: str | None) -> str:
-    """The backend that is asked for; with auto the one that is chosen, which is told on stderr."""
+    """The backend asked for; with auto the one that is chosen, which is printed to stderr."""
     from ..backends.choice import AUTO, choose_backend
 
     if backend != AUTO:

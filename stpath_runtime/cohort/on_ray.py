@@ -1,4 +1,4 @@
-"""A cohort on a Ray cluster: Ray Data keeps a pool of engines, gives them slides, and mends what dies."""
+"""A cohort on a Ray cluster: Ray Data keeps a pool of engines, sends them slides, and replaces those that die."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..results.output import Format
 from .pipeline import LISTS, Job, Outcome, Settings, run_jobs
 from .remote import is_url
 
-AT_ONCE = 8  # slides that a worker is given, so that it can read and write while it runs
+AT_ONCE = 8  # slides sent to a worker at a time, so that it can read and write while it runs
 RETRIES = 2  # of slides whose worker died
 DIED = "every worker that was given it died, as when the memory does not suffice; give workers more, or lower --memory"
 
@@ -28,7 +28,7 @@ class Worker:
         self.engine = self.settings.load()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
-        """Run some slides; what became of each goes back as it ends."""
+        """Run slides; yields each outcome as it ends."""
         jobs = [Job(**json.loads(job)) for job in batch["job"]]
         for outcome in run_jobs(self.engine, jobs, self.settings):
             yield {"outcome": [json.dumps(asdict(outcome))]}
@@ -37,11 +37,11 @@ class Worker:
 def run_on_ray(
     jobs: Sequence[Job], settings: Settings, *, address: str, workers: int, cpus: float, gpus: float
 ) -> Generator[Outcome, None, None]:
-    """Run slides on Ray; yields what became of each, as they end.
+    """Run slides on Ray; yields the outcome of each, as they end.
 
-    When a worker dies, Ray starts another, which is given its slides again; those that are whole are skipped then, if
-    the settings resume. Slides whose workers die again and again are run once more, each alone, so that only those fail
-    which kill their worker.
+    When a worker dies, Ray starts another and sends it the same slides; those already done are skipped if the settings
+    resume. Slides whose workers keep dying are run once more, each alone, so that only those that kill their worker
+    fail.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def run_on_ray(
 def _outcomes(
     jobs: Sequence[Job], settings: Settings, given: int, workers: int, cpus: float, gpus: float
 ) -> Iterator[Outcome]:
-    """Run slides, so many `given` to a worker at a time; of those whose workers die too often, nothing comes back."""
+    """Run slides, `given` at a time to a worker; slides whose workers die too often yield nothing."""
     import ray.data
 
     if not jobs:
@@ -111,19 +111,19 @@ def _outcomes(
         named = replace(named, context_spots=_anywhere(spots))
     items = [{"job": json.dumps({**asdict(job), **_places(job)})} for job in jobs]
     slides = ray.data.from_items(items, override_num_blocks=-(-len(items) // given))
-    slides.context.enable_progress_bars = False  # of this data set alone: the caller's others stay as they are
+    slides.context.enable_progress_bars = False  # for this data set only: the caller's others are not affected
     slides.context.print_on_execution_start = False
-    slides.context.max_errored_blocks = -1  # what is lost with a worker that dies is no reason to stop
+    slides.context.max_errored_blocks = -1  # losing a worker is no reason to stop
     outcomes = slides.map_batches(
         Worker,
         fn_constructor_args=(asdict(named),),
         batch_size=given,
         batch_format="numpy",
-        # A slide that is alone does not wait in the line of a worker that another one kills.
+        # A slide on its own does not queue at a worker that another slide kills.
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1 if given == 1 else None),
         num_cpus=cpus,
         num_gpus=gpus,
-        max_task_retries=RETRIES,  # without end, if left out
+        max_task_retries=RETRIES,  # Ray's default is to retry forever
     )
     for row in _quietly(outcomes.iter_rows()):
         found = json.loads(row["outcome"])
@@ -131,7 +131,7 @@ def _outcomes(
 
 
 def _quietly(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The same rows, without Ray Data's log while it works on the next."""
+    """The same rows, with Ray Data's log silenced while it computes the next."""
     log, waiting = logging.getLogger("ray.data"), iter(rows)
     while True:
         level = log.level
@@ -146,7 +146,7 @@ def _quietly(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _anywhere(path: str) -> str:
-    """A path that does not depend on the folder that a worker is started in."""
+    """An absolute path: a worker may start in another folder."""
     return path if is_url(path) else str(Path(path).absolute())
 
 
@@ -156,14 +156,14 @@ def _places(job: Job) -> dict[str, str]:
 
 
 def _require_answer(address: str) -> None:
-    """Raise OSError where HOST:PORT does not answer: Ray would try for many minutes."""
+    """Raise OSError if HOST:PORT does not answer: Ray would retry for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _require_room(resources: dict[str, float], address: str, workers: int, cpus: float, gpus: float) -> None:
-    """Refuse what the cluster does not have: Ray would wait for it without end."""
+    """Refuse resources that the cluster does not have: Ray would wait for them forever."""
     for what, one, there in (("CPUs", cpus, resources.get("CPU", 0)), ("GPUs", gpus, resources.get("GPU", 0))):
         if workers * one > there:
             raise ClusterError(

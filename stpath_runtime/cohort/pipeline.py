@@ -1,7 +1,7 @@
-"""Slides through an engine, one after the other: the next ones are read and the last ones written meanwhile.
+"""Slides through an engine, one after the other, while the next ones are read and the last ones written.
 
-Everything that a cohort does to a slide is here, and nothing of where it runs: a process (`cohort.run_cohort`) and the
-workers of a Ray cluster (`distributed`) both call `run_jobs`.
+Everything that a cohort does to a slide is here, but not where it runs: `run.run_cohort` in one process and the
+workers of a Ray cluster (`on_ray`) both call `run_jobs`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ..slides.context import ContextRows, choose_spots
 from ..slides.slide import Slide
 from .remote import fetched, is_url, sent, transfer, version
 
-READ_AHEAD = 4  # slides that are read while one is run
+READ_AHEAD = 4  # slides that are read ahead while one runs
 WRITE_BEHIND = 4  # slides that may wait to be written
 LISTS = (".txt", ".json", ".csv")  # files of barcodes
-SMALL = 1_024  # spots: smaller slides are run together, up to so many
+SMALL = 1_024  # spots: smaller slides run together, up to this many
 TOGETHER = 4 * SMALL
 
 Watch = Callable[[str, int, int], None]
@@ -40,7 +40,7 @@ Watch = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is done to every slide of a cohort, in types that travel between machines."""
+    """The settings for every slide of a cohort, in types that can be sent between machines."""
 
     engine: str
     backend: str = "onnxruntime"
@@ -59,7 +59,7 @@ class Settings:
     resume: bool = True
 
     def load(self) -> Engine:
-        """Load the engine, and check what is asked of it."""
+        """Load the engine, and check the settings against it."""
         engine = Engine.load(self.engine, backend=self.backend, device=self.device, precision=self.precision)
         engine.attention(self.attention, self.neighbors)
         return engine
@@ -92,7 +92,7 @@ class Outcome:
 
 @dataclass
 class _Work:
-    """A slide on its way."""
+    """A slide in progress."""
 
     job: Job
     slide: Slide | None = None
@@ -120,7 +120,7 @@ class _Work:
 
     @contextmanager
     def fetched(self, name: str) -> Iterator[Path]:
-        """A file, or a copy of it, which messages call by its own name."""
+        """A file, or a local copy of it; messages use the original name."""
         with fetched(name) as path:
             if is_url(name):
                 self.copies[str(path)] = name
@@ -135,12 +135,12 @@ class _Work:
 def run_jobs(
     engine: Engine, jobs: Sequence[Job], settings: Settings, watch: Watch = lambda what, done, total: None
 ) -> Generator[Outcome, None, None]:
-    """Run slides; yields what became of each, in their order.
+    """Run slides; yields the outcome of each, in order.
 
-    `watch` is called as work goes on with what is done to which slide, how much of it is done, and to do in all.
+    `watch` is called during the work with the step and the slide, the amount done and the total.
 
-    A slide that fails, for whatever reason, does not stop the others. When the caller stops asking, the slide that is
-    being written is finished, and the others are dropped.
+    A slide that fails, for whatever reason, does not stop the others. When the caller stops iterating, the slide that
+    is being written is finished, and the others are dropped.
     """
     identity = _identity(engine, settings)
     with ExitStack() as stack:
@@ -170,7 +170,7 @@ def _read_ahead(
 
 
 def _batches(read: Iterator[_Work]) -> Iterator[list[_Work]]:
-    """Slides to run in one call: small ones together, others alone."""
+    """Batches of slides to run in one call: small ones together, others alone."""
     batch: list[_Work] = []
     spots = 0
     for work in read:
@@ -257,7 +257,7 @@ def _outcome(written: Future[_Work]) -> Outcome:
 
 
 def fingerprint(job: Job, identity: dict[str, Any]) -> str:
-    """SHA-256 of all that a result depends on: engine, settings, names, and sizes and times of the files that are read.
+    """SHA-256 of everything that a result depends on: engine, settings, names, and sizes and times of its input files.
 
     Raises
     ------
@@ -270,7 +270,7 @@ def fingerprint(job: Job, identity: dict[str, Any]) -> str:
 
 
 def _identity(engine: Engine, settings: Settings) -> dict[str, Any]:
-    """What of engine and settings a result depends on, or tells (the memory it does not)."""
+    """The parts of engine and settings that a result depends on or records (not the memory)."""
     attention = str(engine.attention(settings.attention, settings.neighbors))
     kept = asdict(settings) | {"engine": engine.hash(), "attention": attention}
     for free in ("memory", "neighbors", "resume"):
@@ -282,7 +282,7 @@ def _identity(engine: Engine, settings: Settings) -> dict[str, Any]:
 
 
 def _is_of_others(target: str) -> bool:
-    """Whether something stands where a result is to go that stpath did not write."""
+    """Whether the target exists and was not written by stpath."""
     if not is_url(target):
         return Path(target).exists() and not is_prediction(Path(target))
     with transfer(target, "read") as (files, place):
@@ -301,7 +301,7 @@ def _is_of_others(target: str) -> bool:
 
 
 def _recorded(target: str, form: Format) -> str | None:
-    """The fingerprint that a result keeps; None where there is none, or it is not whole."""
+    """The fingerprint in a result; None if it has none, or is not whole."""
     try:
         if is_url(target):
             return _recorded_there(target, form)
@@ -311,7 +311,7 @@ def _recorded(target: str, form: Format) -> str | None:
 
 
 def _recorded_there(target: str, form: Format) -> str:
-    """The same of a result at a URL, of which only this is fetched."""
+    """The fingerprint in a result at a URL, fetched alone."""
     if form is Format.H5AD:
         import fsspec
         import h5py
@@ -327,7 +327,7 @@ def _recorded_there(target: str, form: Format) -> str:
 
 @contextmanager
 def _step(*works: _Work) -> Iterator[list[Exception]]:
-    """One step of one or more slides: its time and its warnings are theirs, and an error ends them alone."""
+    """One step of one or more slides: they get its time and its warnings, and an error fails them only."""
     failed: list[Exception] = []
     start = time.perf_counter()
 
@@ -338,7 +338,7 @@ def _step(*works: _Work) -> Iterator[list[Exception]]:
     try:
         with warnings_to(collect):
             yield failed
-    except Exception as error:  # whatever it is, the other slides go on
+    except Exception as error:  # whatever it is, the other slides continue
         failed.append(error)
     spots = sum(len(work.slide) for work in works if work.slide is not None) or 1
     for work in works:

@@ -23,7 +23,7 @@ class CohortProgress:
         self.overall = bars.add_task(f"{total:,} slides", total=total) if bars is not None else None
 
     def __call__(self, outcome: Outcome) -> None:
-        """Show what became of a slide."""
+        """Show the outcome of a slide."""
         self.ended += 1
         self.spots += outcome.spots
         said = {
@@ -32,14 +32,14 @@ class CohortProgress:
             "failed": f"failed[{outcome.code}]: {outcome.reason}",
         }
         line = f"{self.ended}/{self.total} {outcome.slide}: {said[outcome.status]}"
-        for told in (line, *(f"warning: {outcome.slide}: {warning}" for warning in outcome.warnings)):
-            self._print(told)
+        for text in (line, *(f"warning: {outcome.slide}: {warning}" for warning in outcome.warnings)):
+            self._print(text)
         if self.bars is not None:
             rate = f", {self.spots / self.seconds():,.0f} spots/s" if self.spots else ""
             self.bars.update(self.overall, completed=self.ended, description=f"{self.total:,} slides{rate}")
 
     def watch(self, what: str, done: int, total: int) -> None:
-        """Show how far the work on a slide is; called from any thread."""
+        """Show the progress of a slide; may be called from any thread."""
         if self.bars is None:
             return
         task = self.tasks.get(what)

@@ -25,7 +25,7 @@ def join(folder: str, name: str) -> str:
 
 @contextmanager
 def fetched(path: str) -> Iterator[Path]:
-    """A file or folder on this machine: itself, or a copy of what is at a URL for the time of the block.
+    """A local file or folder: the path itself, or a copy of a URL for the duration of the block.
 
     Raises
     ------
@@ -44,9 +44,9 @@ def fetched(path: str) -> Iterator[Path]:
 
 @contextmanager
 def sent(path: str) -> Iterator[Path]:
-    """Where to write on this machine; what the block writes there is sent to a URL when the block ends well.
+    """A local path to write to; for a URL, the result is uploaded when the block ends well.
 
-    It is sent beside what stands at the URL, which stays until the new one is whole.
+    It is uploaded beside an earlier result, which stays until the new one is whole.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def discard(path: str) -> None:
 
 
 def version(path: str) -> list[str]:
-    """What changes when a file or folder does: sizes and times of its files, or the marks that its place keeps.
+    """A text that changes when a file or folder does: sizes and times of its files, or the marks of its storage.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def version(path: str) -> list[str]:
 
 @contextmanager
 def transfer(path: str, what: str) -> Iterator[tuple[Any, str]]:
-    """The file system of a URL and the place in it; what it raises becomes one line."""
+    """The file system of a URL and the path in it; whatever it raises becomes one line."""
     try:
         import fsspec
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""A cohort: its slides, by a manifest or a folder, and the run that goes on where the last one stopped."""
+"""A cohort: its slides, from a manifest or a folder, and a run that continues where the last one stopped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAILURES, SUMMARY, LOCK = "failures.csv", "summary.csv", ".stpath.lock"
 
 @dataclass(frozen=True)
 class Totals:
-    """A run in numbers."""
+    """The totals of a run."""
 
     done: int
     skipped: int
@@ -79,9 +79,9 @@ def read_cohort(
         if target in jobs:
             raise CohortError(_one_result(source, jobs[target].slide, slide, target))
         jobs[target] = job
-    read = {_place(name) for job in jobs.values() for name in (job.slide, job.context) if name is not None}
+    read = {_absolute(name) for job in jobs.values() for name in (job.slide, job.context) if name is not None}
     for target in jobs:
-        if _place(target) in read:
+        if _absolute(target) in read:
             raise OutputError(f"--out {out}: {target} would overwrite an input; choose another folder")
     if not jobs:
         raise CohortError(f"{source}: no slides; expected rows below the header, or files {', '.join(ENDINGS)}")
@@ -96,7 +96,7 @@ def read_cohort(
 
 
 def _one_result(source: str, first: str, second: str, target: str) -> str:
-    """Why two files cannot both be run: often one has the features of a slide, and one its counts."""
+    """The error for two files with one target: often one holds a slide's features, the other its counts."""
     for name in (first, second):
         try:
             with fetched(name) as path:
@@ -110,14 +110,14 @@ def _one_result(source: str, first: str, second: str, target: str) -> str:
 
 
 def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[str, Any] | None = None) -> Totals:
-    """Run a cohort into a folder; what is there of an earlier run with the same settings is not run again.
+    """Run a cohort into a folder; results of an earlier run with the same settings are kept.
 
     Writes a result a slide, `summary.csv` and, where slides fail, `failures.csv`.
 
     Parameters
     ----------
     cluster
-        Where to run on Ray: what `distributed.run_on_ray` takes; None: in this process.
+        Arguments of `on_ray.run_on_ray`, to run on Ray; None: in this process.
 
     Raises
     ------
@@ -130,15 +130,15 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
         settings = replace(settings, genes=panel.names)
     outcomes: list[Outcome] = []
     earlier = _summary(out)
-    if is_url(out):  # that nothing can be written there is found before the work
+    if is_url(out):  # find out before the work if nothing can be written there
         _write_tables(jobs, [], earlier, out)
-    with _alone_in(out), cohort_progress(len(jobs)) as progress:
+    with _locked(out), cohort_progress(len(jobs)) as progress:
         try:
             with closing(_outcomes(engine, jobs, settings, cluster, progress.watch)) as found:
                 for outcome in found:
                     outcomes.append(outcome)
                     progress(outcome)
-        finally:  # a run that is stopped tells of what it did
+        finally:  # an interrupted run still reports what it did
             _write_tables(jobs, outcomes, earlier, out)
     return _totals(outcomes, progress.seconds())
 
@@ -160,10 +160,10 @@ def _totals(outcomes: Iterable[Outcome], seconds: float) -> Totals:
 
 
 @contextmanager
-def _alone_in(out: str) -> Iterator[None]:
-    """Hold the folder of a run, from which what a killed run left half-written is removed."""
+def _locked(out: str) -> Iterator[None]:
+    """Lock the output folder, and remove the half-written files of killed runs from it."""
     if is_url(out):
-        yield  # no lock there: two runs would do the same work twice, and each result is still whole
+        yield  # no lock: two runs would do the same work twice, but each result is still whole
         return
     from filelock import FileLock, Timeout
 
@@ -186,7 +186,7 @@ def _alone_in(out: str) -> Iterator[None]:
 
 
 def _manifest(source: str) -> list[tuple[str, dict[str, str]]]:
-    """Slides of a manifest, and what it says of each."""
+    """The slides of a manifest, and the other fields of their rows."""
     with fetched(source) as path:
         if not path.is_file():
             raise CohortError(f"{source}: no such manifest")
@@ -212,23 +212,23 @@ def _row(head: Sequence[str], row: Sequence[str], source: str, line: int) -> tup
         raise CohortError(f"{source}: line {line} has not as many fields as the header; quote those that hold a comma")
     if any(field for name, field in zip(head, row, strict=True) if not name):
         raise CohortError(f"{source}: line {line} has a field in a column without a name; name it in the first line")
-    told = {name: field for name, field in zip(head, row, strict=True) if name and field}
-    slide = told.pop("slide", "")
+    fields = {name: field for name, field in zip(head, row, strict=True) if name and field}
+    slide = fields.pop("slide", "")
     if not slide_name(slide).strip("."):
         raise CohortError(f"{source}: line {line} names no slide ({slide!r}); give a path or URL")
-    if "context" in told:
-        told["context"] = _beside(source, told["context"])
-    slide = _beside(source, slide)
-    for name in (slide, told.get("context", "")):
+    if "context" in fields:
+        fields["context"] = _relative_to_manifest(source, fields["context"])
+    slide = _relative_to_manifest(source, slide)
+    for name in (slide, fields.get("context", "")):
         if shown(name) != name and not Path(name).exists():
             raise CohortError(
                 f"{source}: line {line} is not text in UTF-8 and names no file ({name!r}); save it as CSV in UTF-8"
             )
-    return slide, told
+    return slide, fields
 
 
-def _beside(source: str, path: str) -> str:
-    """A path of a manifest: relative ones start from its folder."""
+def _relative_to_manifest(source: str, path: str) -> str:
+    """A path in a manifest; relative ones start from its folder."""
     if is_url(path) or Path(path).is_absolute():
         return path
     return join(source.rsplit("/", 1)[0], path) if is_url(source) else str(Path(source).parent / path)
@@ -243,18 +243,18 @@ def _folder(source: str, out: str) -> list[str]:
             raise CohortError(f"{source}: a spreadsheet; save it as CSV, and give that")
         what = "a file" if folder.exists() else "no such folder"
         raise CohortError(f"{source}: {what}, and no manifest (.csv); give one of both, or one slide to stpath predict")
-    if _place(source) == _place(out):
+    if _absolute(source) == _absolute(out):
         raise OutputError(f"--out {out}: the folder of the slides, of which results would be slides; choose another")
     found = (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
     return [str(entry) for entry in found if entry.name.lower().endswith(ENDINGS)]
 
 
-def _place(path: str) -> str:
+def _absolute(path: str) -> str:
     return path.rstrip("/") if is_url(path) else str(Path(path).resolve())
 
 
 def _summary(out: str) -> dict[str, list[str]]:
-    """Rows of the summary of an earlier run, by output; none where there is none, or it is none of ours."""
+    """Rows of an earlier run's summary, by output; empty if there is none, or if another program wrote it."""
     try:
         with fetched(join(out, SUMMARY)) as path:
             text = path.read_text(encoding="utf-8", errors="surrogateescape")  # names of files need not be text
@@ -267,7 +267,7 @@ def _summary(out: str) -> dict[str, list[str]]:
 def _write_tables(jobs: Sequence[Job], outcomes: Sequence[Outcome], earlier: dict[str, list[str]], out: str) -> None:
     """Write summary.csv and, where slides failed, failures.csv.
 
-    Of slides that were skipped, or that a run which was stopped did not come to, the summary keeps what it said.
+    Slides that were skipped, or that an interrupted run did not reach, keep their earlier row.
     """
     found = {outcome.output: _summary_row(outcome, earlier.get(outcome.output)) for outcome in outcomes}
     rows = [row for job in jobs if (row := found.get(job.target, earlier.get(job.target))) is not None]

@@ -41,12 +41,12 @@ class Attention:
 
     @classmethod
     def trained(cls, model: ModelConfig) -> Attention:
-        """How a model was trained to attend."""
+        """The attention that a model was trained with."""
         return cls(model.attention, model.neighbors)
 
     @classmethod
     def choose(cls, attention: str | Attention | None, neighbors: int | None, model: ModelConfig) -> Attention:
-        """What is asked for, checked; as the model was trained where nothing is.
+        """The attention for these arguments, checked; None and None mean as the model was trained.
 
         Parameters
         ----------

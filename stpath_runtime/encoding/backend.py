@@ -1,4 +1,4 @@
-"""What the encoder asks of a backend: to run the graphs of an engine, and to hold the arrays of a slide meanwhile."""
+"""What the encoder needs of a backend: to run an engine's graphs, and to hold a slide's arrays meanwhile."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Arrays = Mapping[str, npt.NDArray[np.generic]]
 class Workspace(Protocol):
     """Arrays of one slide by name, and what runs graphs on them."""
 
-    takes_all_keys: bool  # a tile is handed k and v of all rows: it costs nothing to name rows of them
+    takes_all_keys: bool  # tiles are given k and v of all rows, because selecting rows would cost a copy
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
         """An array of zeros, to be written by `run`."""
         ...
 
     def keep(self, name: str, array: npt.NDArray[Any]) -> Any:
-        """An array that several calls of `run` take."""
+        """The array as `run` takes it, in the memory of the device; for inputs that several calls share."""
         ...
 
     def run(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Any]) -> None:
-        """Run a graph and write what it gives, by name, to rows of arrays; those may be rows that it takes, too."""
+        """Run a graph and write its outputs, by name, to rows of arrays; those rows may be among its inputs."""
         ...
 
     def put(self, values: npt.NDArray[Any], rows: Any) -> None:
@@ -45,20 +45,20 @@ class Backend(Protocol):
     name: str  #: as in BACKENDS
     device: str  #: "cpu" or "cuda:N"
     most_rows: int  #: in a tile: more do not make the device busier
-    keeps_tiles: bool  #: each graph keeps the memory that its largest tile took, for as long as it is loaded
+    keeps_tiles: bool  #: whether each graph keeps the memory of its largest tile for as long as it is loaded
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:
         """Run a graph, by its name without `.onnx`, on the inputs by their names."""
         ...
 
     def workspace(self) -> AbstractContextManager[Workspace]:
-        """Where a slide runs through the stages."""
+        """A workspace for one slide at a time."""
         ...
 
     def available_memory(self) -> int:
-        """Bytes that the device has to give."""
+        """Bytes that the device has free."""
         ...
 
     def close(self) -> None:
-        """Free what it holds on its device; what is run afterwards is refused, and closing again does nothing."""
+        """Free what it holds on its device. Running afterwards raises; closing again does nothing."""
         ...

@@ -1,7 +1,7 @@
-"""The row of stages, run over tiles of spots: features in, embedding out, embedding in, expression out.
+"""The stages of an engine, run over tiles of spots: features in, embedding out.
 
-Only x, k and v of the whole slide are kept (and the next layer's k and v while it is computed), in the memory of the
-device, and which keys each tile takes: what a tile needs beyond them does not grow with the square of the spots.
+Only x, k and v of the whole slide are kept in the memory of the device (and the next layer's k and v while they are
+computed), and which keys each tile needs. What a tile takes beyond that does not grow with the square of the spots.
 
     tokens      : values [R, P], token ids [P]                           -> gene rows [R, d]
     embed       : features, organ, technology of a tile, its gene rows   -> x, k, v for block 1
@@ -9,8 +9,8 @@ device, and which keys each tile takes: what a tile needs beyond them does not g
     knn_block_l : the same with the k, v, coordinates of the tile's neighbours, the keys of its blocks, and their mask
     head        : embedding of a tile, token ids [G]                     -> expression [T, G]
 
-Both ways to attend are this row. They differ in the order of the rows, and in how a tile gets its keys: `AllSpots` and
-`NearestSpots`.
+Global and kNN attention run the same stages. They differ in the order of the rows and in how a tile gets its keys:
+`AllSpots` and `NearestSpots`.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ def encode(
     memory = memory if memory is not None else backend.available_memory() // 2
     itemsize, context_spots = np.dtype(dtype).itemsize, sum(len(context.spots) for context in spots.context)
     kept = (
-        (n + 2 * (1 + context_spots)) * d * itemsize  # x, and gene rows as they come and as they are put together
+        (n + 2 * (1 + context_spots)) * d * itemsize  # x, and the gene rows, in parts and concatenated
         + 4 * keys.keys * d * np.dtype(kv_dtype).itemsize
         + keys.kept_bytes
         + keys.planning_bytes
         + spots.copied_bytes
     )
     graphs = model.n_layers if backend.keeps_tiles else 1
-    if keys.keys_of_tile and backend.keeps_tiles:  # each graph keeps k and v as it was handed them, and turned
+    if keys.keys_of_tile and backend.keeps_tiles:  # each graph keeps k and v as given, and transposed
         kept += 4 * keys.keys_of_tile * d * 4 * graphs
-        graphs = 1  # beside which the rest of a tile is small
+        graphs = 1  # the rest of a tile is small beside it
     size = tile or tile_rows(keys, model, kept, memory, spots.name, backend.most_rows, graphs)
     done, total = 0, n * (1 + model.n_layers)
 
@@ -102,7 +102,7 @@ def encode(
                 at.run(f"{keys.graph}_{layer}", {"x": x[rows], **taken, **tile_.inputs}, outputs)
                 tick(rows)
             (k, k_next), (v, v_next) = (k_next, k), (v_next, v)
-        del k, v, k_next, v_next, tiles  # the copy below may take their place
+        del k, v, k_next, v_next, tiles  # so that the copy below can use their memory
         embedding: npt.NDArray[np.float32] = keys.of_spots(at.fetch(x)).astype(np.float32, copy=False)
     _require_finite(embedding, spots.name, precision)
     return embedding
@@ -131,7 +131,7 @@ def run_fused(
 
 
 def gene_rows(backend: Backend, dtype: npt.DTypeLike, spots: Spots) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Embedded gene rows [1 + C, d], the mask's first, and which of them each spot takes [N]."""
+    """Embedded gene rows [1 + C, d], the mask's first, and the row that each spot takes [N]."""
     row_of_spot = np.zeros(len(spots), np.int64)
     rows = backend.run("tokens", {"values": np.ones((1, 1), dtype), "token_ids": np.array([MASK_TOKEN])})
     first, itemsize = 1, np.dtype(dtype).itemsize
@@ -139,20 +139,20 @@ def gene_rows(backend: Backend, dtype: npt.DTypeLike, spots: Spots) -> tuple[Flo
         row_of_spot[context.spots] = np.arange(first, first + len(context.spots))
         first += len(context.spots)
         size = min(MOST_ROWS, most_rows(max(1, len(context.tokens)) * itemsize))
-        for some in row_slices(len(context.spots), size, 1):
-            values = context.log_counts[some].toarray().astype(dtype, copy=False)
+        for part in row_slices(len(context.spots), size, 1):
+            values = context.log_counts[part].toarray().astype(dtype, copy=False)
             rows += backend.run("tokens", {"values": values, "token_ids": context.tokens})
     return np.concatenate(rows), row_of_spot
 
 
 def _embed_inputs(
-    spots: Spots, some: slice | npt.NDArray[np.int64], gene_rows: Floats, row_of_spot: npt.NDArray[np.int64]
+    spots: Spots, rows: slice | npt.NDArray[np.int64], gene_rows: Floats, row_of_spot: npt.NDArray[np.int64]
 ) -> dict[str, Floats]:
-    used, gene_row = np.unique(row_of_spot[some], return_inverse=True)  # most spots share the mask's row
+    used, gene_row = np.unique(row_of_spot[rows], return_inverse=True)  # most spots share the mask's row
     return {
-        "features": spots.features[some].astype(gene_rows.dtype, copy=False),
-        "organ": spots.organ[some],
-        "technology": spots.technology[some],
+        "features": spots.features[rows].astype(gene_rows.dtype, copy=False),
+        "organ": spots.organ[rows],
+        "technology": spots.technology[rows],
         "gene_rows": gene_rows[used],
         "gene_row": gene_row,
     }

@@ -1,4 +1,4 @@
-"""Which spots the rows of a slide stand for, and which rows each tile attends to."""
+"""Which spot each row of x holds, and which rows each tile attends to."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Spots:
 
     @property
     def copied_bytes(self) -> int:
-        """Bytes of features that are a copy of what the slides hold, for as long as the encoder runs."""
+        """Bytes of features that are copied from the slides for as long as the encoder runs."""
         return 0 if self.of_one_slide else self.features.nbytes
 
     @classmethod
@@ -62,36 +62,36 @@ class Spots:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """What a tile of rows takes beside its x: the same in every layer."""
+    """The inputs of a tile beside its x: the same in every layer."""
 
     rows: slice
-    inputs: Mapping[str, Array]  # of the block graphs, but for x, k and v
-    keys: npt.NDArray[np.int64] | None  # the rows of k and v that the tile is handed; None means all
+    inputs: Mapping[str, Array]  # inputs of the block graphs other than x, k and v
+    keys: npt.NDArray[np.int64] | None  # the rows of k and v that the tile is given; None means all
 
 
 class Keys(Protocol):
-    """How the rows of x stand for spots, and how a tile of rows gets its keys."""
+    """Which spot each row of x holds, and how a tile of rows gets its keys."""
 
     graph: str  # the block graphs are named f"{graph}_{layer}"
     rows: int  # R, of x
-    keys: int  # of k and v: R, and rows that pad
-    unit: int  # a tile is a multiple of so many rows
-    keys_of_tile: int  # rows of k and v that every tile is handed, whatever its size
-    keys_of_row: int  # that a row of a tile attends to, masked ones among them
-    planning_bytes: int  # that finding them took: the system may not have all of it back
-    kept_bytes: int  # of all tiles' inputs
+    keys: int  # rows of k and v: R, plus padding
+    unit: int  # tiles are multiples of this many rows
+    keys_of_tile: int  # rows of k and v that every tile is given, whatever its size
+    keys_of_row: int  # keys that a row of a tile attends to, masked ones included
+    planning_bytes: int  # bytes that finding them took: the system may not have all of them back
+    kept_bytes: int  # bytes of all tiles' inputs
     row_bytes: int  # what one row of a tile adds to the memory of a block
 
     def spots(self, rows: slice) -> slice | npt.NDArray[np.int64]:
-        """The spots that some rows stand for."""
+        """The spots that these rows hold."""
         ...
 
     def of_spots(self, x: Floats) -> Floats:
         """The rows of x [R, d] in the order of the spots, [N, d]."""
         ...
 
-    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
-        """The tiles of some rows, their inputs where the workspace wants them."""
+    def tiles(self, rows: Sequence[slice], workspace: Workspace) -> list[Tile]:
+        """The tiles of these rows, with their inputs in the workspace's memory."""
         ...
 
 
@@ -117,19 +117,22 @@ class AllSpots:
         self._key_bias[self.rows :] = float(np.finfo(DTYPES[precision]).min) / 2
 
     def spots(self, rows: slice) -> slice:
-        """The same: rows are spots."""
+        """The rows, unchanged: they are spots already."""
         return rows
 
     def of_spots(self, x: Floats) -> Floats:
-        """The same: rows are spots."""
+        """The rows, unchanged: they are spots already."""
         return x
 
-    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
-        """All keys for any tile."""
+    def tiles(self, rows: Sequence[slice], workspace: Workspace) -> list[Tile]:
+        """One tile for each slice, each with all keys."""
         key_coords = np.pad(self._coords, ((0, self.keys - self.rows), (0, 0)))
-        shared = {"key_coords": at.keep("key_coords", key_coords), "key_bias": at.keep("key_bias", self._key_bias)}
-        coords = [at.keep(f"coords {i}", self._coords[some]) for i, some in enumerate(rows)]
-        return [Tile(some, {"coords": own, **shared}, None) for some, own in zip(rows, coords, strict=True)]
+        shared = {
+            "key_coords": workspace.keep("key_coords", key_coords),
+            "key_bias": workspace.keep("key_bias", self._key_bias),
+        }
+        coords = [workspace.keep(f"coords {i}", self._coords[part]) for i, part in enumerate(rows)]
+        return [Tile(part, {"coords": own, **shared}, None) for part, own in zip(rows, coords, strict=True)]
 
 
 class NearestSpots:
@@ -140,7 +143,7 @@ class NearestSpots:
     def __init__(self, spots: Spots, model: ModelConfig, plan: Plan) -> None:
         self.rows = self.keys = len(plan.spot)
         self.keys_of_row = -(-int(np.diff(plan.key_start).max()) // PAD_KEYS) * PAD_KEYS
-        # A bit of the mask for each key, and of a block's keys: which rows they are, of the slide and of the tile.
+        # The mask of each key, and the index of each of a block's keys, among the slide's rows and among the tile's.
         self.kept_bytes = self.rows * (self.keys_of_row * (1 + 8 / BLOCK) + (2 + 3) * 8).__ceil__()
         self.planning_bytes = plan.planning_bytes
         # In float32: scores, bias and their sum, distances and their parts, and a block's keys shared by its rows.
@@ -149,30 +152,30 @@ class NearestSpots:
         self._coords = spots.coords[plan.spot]
 
     def spots(self, rows: slice) -> npt.NDArray[np.int64]:
-        """The spot of each row; a row that pads a block takes the last spot, and is no key of any."""
+        """The spot of each row; a row that pads a block holds the last spot, and is nobody's key."""
         return self._plan.spot[rows]
 
     def of_spots(self, x: Floats) -> Floats:
         """Rows back in the order of the spots."""
         return x[self._plan.row]
 
-    def tiles(self, rows: Sequence[slice], at: Workspace) -> list[Tile]:
+    def tiles(self, rows: Sequence[slice], workspace: Workspace) -> list[Tile]:
         """Only the rows of k and v that the tile's blocks name, and which of them each block takes.
 
-        In a workspace whose graphs take all keys at no cost, those name rows of all.
+        Where the workspace passes all keys at no cost, blocks index into all rows.
         """
-        coords, tiles = at.keep("coords", self._coords), []
-        for i, some in enumerate(rows):
-            tile = self._plan.tile(slice(some.start // BLOCK, some.stop // BLOCK))
-            keys = None if at.takes_all_keys else tile.rows
+        coords, tiles = workspace.keep("coords", self._coords), []
+        for i, part in enumerate(rows):
+            tile = self._plan.tile(slice(part.start // BLOCK, part.stop // BLOCK))
+            keys = None if workspace.takes_all_keys else tile.rows
             index = tile.rows[tile.key_index] if keys is None else tile.key_index
             inputs = {
-                "coords": coords[some],
+                "coords": coords[part],
                 "key_coords": coords if keys is None else self._coords[keys],
-                "key_index": at.keep(f"key_index {i}", index),
-                "mask": at.keep(f"mask {i}", tile.mask),
+                "key_index": workspace.keep(f"key_index {i}", index),
+                "mask": workspace.keep(f"mask {i}", tile.mask),
             }
-            tiles.append(Tile(some, inputs, keys))
+            tiles.append(Tile(part, inputs, keys))
         return tiles
 
     def whole(self) -> dict[str, Floats]:
@@ -189,5 +192,5 @@ def keys_of(
     if attention.kind == "global":
         if len(slides) == 1:
             return AllSpots(spots, model, precision)
-        neighbors = max(len(slide) for slide in slides)  # as many as there are: the same as global
+        neighbors = max(len(slide) for slide in slides)  # no more than there are: then kNN is global attention
     return NearestSpots(spots, model, plan_blocks([slide.coords for slide in slides], neighbors))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from scipy.spatial import KDTree
 
 Ints = npt.NDArray[np.int64]
-QUERIED = 1 << 18  # distances at a time: memory beyond the result does not grow with the spots
+QUERIED = 1 << 18  # distances at a time, so that memory beyond the result does not grow with the spots
 
 
 def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
@@ -54,7 +54,7 @@ def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
     spots = np.argsort(place, kind="stable")  # place after place, in each by index
     start = np.searchsorted(place[spots], np.arange(len(places) + 1))
     tree, neighbors = KDTree(places), np.empty((len(places), k), np.int64)
-    waiting = [(np.arange(len(places)), k + PAD_KEYS)]  # rows, and how many places are asked for
+    waiting = [(np.arange(len(places)), k + PAD_KEYS)]  # rows, and how many places to look at
     while waiting:
         rows, ask = waiting.pop()
         ask = min(ask, len(places))
@@ -82,7 +82,7 @@ def _nearest_of_some(
     Parameters
     ----------
     ask
-        How many places are looked at. A row is complete if a farther group of ties than that of its k-th spot is seen.
+        How many places to look at. A row is complete if places farther than those tied with its k-th spot were seen.
     spots, start
         The spots of all places, place after place, and where each place's begin.
     """
@@ -107,7 +107,7 @@ def _nearest_of_some(
 
 
 def usual_distance(coords: npt.NDArray[np.generic]) -> float:
-    """The median distance of a spot to its nearest, in the unit of the coordinates [N, 2]; 0 where there is but one."""
+    """The median distance of a spot to its nearest other, in the unit of the coordinates [N, 2]; 0 for one spot."""
     from scipy.spatial import KDTree
 
     distinct = np.unique(coords, axis=0)
@@ -134,12 +134,12 @@ class Plan:
 
     @property
     def planning_bytes(self) -> int:
-        """Bytes that making it took at the most: neighbours, once by place and once by spot, and what is sorted."""
+        """Peak bytes of planning: neighbours, once by place and once by spot, and what is sorted."""
         n, k = len(self.row), int(self.place.shape[1])
         return n * (20 * k + 100) + 96 * min(QUERIED, n * (k + PAD_KEYS))
 
     def tile(self, blocks: slice) -> TileKeys:
-        """The keys of some successive blocks."""
+        """The keys of successive blocks."""
         start, stop = self.key_start[blocks.start], self.key_start[blocks.stop]
         counts = np.diff(self.key_start[blocks.start : blocks.stop + 1])
         rows, key = np.unique(self.key_row[start:stop], return_inverse=True)

@@ -9,8 +9,8 @@ import numpy as np
 BLOCK = 64  # rows of a block; fixed in the exported graphs
 PAD_KEYS = 8  # GPU kernels want the number of keys to be a multiple of 8
 CHUNK = (1_024, 256)  # spots and genes of a chunk of X: 1 MiB, for readers of one gene and for readers of one region
-# A tile reads all its keys once for its queries: 1,024 queries make hundreds of operations of each number read, more
-# than a CPU needs to be kept busy. Larger tiles cost memory and win nothing there.
+# A tile reads its keys once for all its queries: with 1,024 queries that is hundreds of operations for each number
+# read, more than enough to keep a CPU busy. Larger tiles cost memory and gain nothing there.
 MOST_ROWS = 1024
 # What passes between the stages, by precision. In bf16 x stays in float32, and k and v are bfloat16, which NumPy does
 # not have: their bits.

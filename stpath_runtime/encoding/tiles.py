@@ -16,12 +16,12 @@ Floats = npt.NDArray[Any]
 
 
 def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str, most_rows: int, graphs: int) -> int:
-    """Rows of a tile: as many as pay, if the bytes that are kept and the tile fit the memory.
+    """Rows of a tile: as many as help, within the memory that is left beside the bytes that are kept.
 
     Parameters
     ----------
     kept
-        Bytes that are there whatever the tile.
+        Bytes that are needed whatever the size of the tile.
     graphs
         How many graphs keep the memory of a tile at once.
 
@@ -45,9 +45,9 @@ def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str,
 
 
 def row_slices(n: int, size: int, unit: int) -> Iterator[slice]:
-    """Slices that cover n, of nearly the same size, none above `size`, each from a multiple of the unit.
+    """Slices that cover n rows, nearly equal, none above `size`, each starting at a multiple of the unit.
 
-    The larger ones come first: a smaller tile fits where a larger one was, and memory does not go to pieces.
+    The larger ones come first: a smaller tile fits into the memory of a larger one, which avoids fragmentation.
     """
     units = -(-n // unit)
     count = -(-units // max(1, size // unit))
@@ -60,10 +60,10 @@ def row_slices(n: int, size: int, unit: int) -> Iterator[slice]:
 
 
 def most_rows(row_bytes: int) -> int:
-    """Rows of a tile that has no keys: more make nothing faster."""
+    """Rows of a tile of a stage without keys; more would not be faster."""
     return max(1, MOST_BYTES // row_bytes)
 
 
 def _rounded_down(size: int) -> str:
-    """A size that is too small, never as one that would do."""
+    """A size that is too small, rounded so that it never reads as one that is large enough."""
     return f"{size // 2**20:,} MiB" if size >= 2**20 else f"{size // 2**10:,} KiB"

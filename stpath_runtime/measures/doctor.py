@@ -1,4 +1,4 @@
-"""What each backend would need on this machine, what of it is there, and whether those that work agree on an engine."""
+"""What each backend needs on this machine, what it finds, and whether those that work agree on an engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from ..errors import BackendError, InputError, InputWarning, ParityError
 from ..machine import cpu_features, installed, nvidia_gpus
 from ..manifest import Manifest
 
-SPOTS, KNN = 300, 8  # of the slide that backends are compared on
-BARS = {"fp32": 2e-5, "fp16": 2e-2, "bf16": 5e-2}  # both sides err: float32 by 1e-5; rounding to 11 and 8 bits adds up
+SPOTS, KNN = 300, 8  # spots of the slide that backends are compared on
+BARS = {
+    "fp32": 2e-5,
+    "fp16": 2e-2,
+    "bf16": 5e-2,
+}  # both sides have errors: 1e-5 in float32; roundings to 11 and 8 bits add up
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ DEFAULT = WAYS[0]
 def examine(engine: Path | None) -> None:
     """Print what each backend needs and finds here and, with an engine, how far the results of those that work differ.
 
-    There is no PyTorch here: backends are held to ONNX Runtime on the CPU. `stpath verify` proves them against PyTorch.
+    Without PyTorch, backends are compared with ONNX Runtime on the CPU. `stpath verify` proves them against PyTorch.
 
     Raises
     ------
@@ -101,7 +105,7 @@ def _expressions(engine: Path, way: Way) -> list[np.ndarray]:
 
 
 def fault_of(way: Way, gpus: list[str], engine: Path | None) -> str | None:
-    """Why a way does not work here; None where it does."""
+    """Why this way does not work here; None if it does."""
     if way.device != "cpu" and not gpus:
         missing = "" if installed(way.package) else f", and {way.package} is not installed"
         return f"no NVIDIA GPU (its driver finds none){missing}"

@@ -1,4 +1,4 @@
-"""What kNN attention changes against the way that a model was trained to attend, for several k on one slide."""
+"""How much kNN attention changes the results of a model that was trained with another attention, for several k."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One k beside the way that the model was trained."""
+    """One k, compared with the attention that the model was trained with."""
 
     neighbors: int
     relative_l2: float  #: of the embedding
@@ -141,11 +141,11 @@ def _timed(
 def _pearson_by_gene(
     engine: Engine, found: npt.NDArray[np.float32], exact: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float64]:
-    """Pearson r over the spots, of each gene that varies; genes are decoded some at a time."""
+    """Pearson r over the spots, of each gene that varies; genes are decoded in groups."""
     genes, all_r = engine.vocabulary.ensembl_ids, []
     for start in range(0, len(genes), GENES_AT_ONCE):
-        some = genes[start : start + GENES_AT_ONCE]
-        a, b = (engine.decode(embedding, some).astype(np.float64) for embedding in (found, exact))
+        part = genes[start : start + GENES_AT_ONCE]
+        a, b = (engine.decode(embedding, part).astype(np.float64) for embedding in (found, exact))
         a, b = a - a.mean(axis=0), b - b.mean(axis=0)
         norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
         all_r.append((a * b).sum(axis=0)[norms > 0] / norms[norms > 0])

@@ -1,4 +1,4 @@
-"""Files of features and of counts, as users have them; told apart by what is in them."""
+"""Files of features and of counts, as users have them; recognised by their content."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def read_slide(
             raise FileError(f"{path}: a zarr store, but neither AnnData nor SpatialData; it holds: {source.listed('')}")
     for array in (parts.coords, parts.features):
         if array.flags.owndata:
-            array.flags.writeable = False  # nobody else has it: the slide needs no copy
+            array.flags.writeable = False  # nobody else holds it, so the slide need not copy it
     return Slide(parts.coords, parts.features, parts.barcodes, organ, technology, name=str(path), patch=parts.patch)
 
 
 def keys_of_width(path: str | Path, width: int) -> list[str]:
-    """What `features_key` may name in a file whose rows are that wide: for a message, so that a fault gives none."""
+    """Features keys of a file whose rows have this width, for a message; empty if the file cannot be read."""
     try:
         with opened(Path(path), "features") as source:
             if is_anndata(source):

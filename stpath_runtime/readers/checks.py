@@ -1,4 +1,4 @@
-"""What every reader checks: a library's error becomes one line, and nothing is allocated that a file does not hold."""
+"""Checks of every reader: a library's error becomes one line, and no more is allocated than a file holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import FileError, InputError, MemoryLimitError, warn
 
-ALWAYS_ALLOCATED = 64 * 2**20  # bytes, whatever a file holds
+ALWAYS_ALLOCATED = 64 * 2**20  # bytes that any file may declare
 MOST_TIMES = 1000  # bytes declared for one stored: deflate's limit is about this, and no measured data comes near it
 MANY_CHUNKS = 10_000
 LONGEST_REASON = 1_000  # of what a library says
@@ -24,7 +24,7 @@ PLUGINS = (
 
 @contextmanager
 def reading(path: Path, what: str = "the file") -> Iterator[None]:
-    """Turn whatever a library raises on a file into one line. Only for calls of those libraries.
+    """Turn whatever a library raises about a file into one line. Only for calls of those libraries.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def reading(path: Path, what: str = "the file") -> Iterator[None]:
 
 
 def explained(path: Path, what: str, error: Exception) -> InputError:
-    """An error of reading, sorted by its cause, each with its own fix: most files that cannot be read are whole."""
+    """The error for a failed read, by its cause, each with its own fix: most such files are not damaged."""
     chain = _chain(error)
     numbers = {cause.errno for cause in chain if isinstance(cause, OSError)}
     said = " ".join(str(cause) for cause in chain)
@@ -84,7 +84,7 @@ def explained(path: Path, what: str, error: Exception) -> InputError:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and those that led to it."""
+    """An error and its causes."""
     chain: list[BaseException] = []
     at: BaseException | None = error
     while at is not None and at not in chain and len(chain) < 20:

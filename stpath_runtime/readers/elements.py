@@ -1,4 +1,4 @@
-"""AnnData, h5ad or zarr: features, coordinates and names, each read alone."""
+"""AnnData, h5ad or zarr: only features, coordinates and names are read."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .sources import Parts, Source
 
 
 def is_anndata(source: Source) -> bool:
-    """Whether a file holds one AnnData (those of old carry no mark)."""
+    """Whether a file holds an AnnData (old ones have no encoding attribute)."""
     return str(source.attributes().get("encoding-type")) == "anndata" or {"obs", "var"} <= set(source.names())
 
 
 def read_anndata(source: Source, features_key: str | None) -> Parts:
-    """Read features, coordinates and names of an AnnData, each alone.
+    """Read features, coordinates and names of an AnnData, and nothing else of it.
 
     Raises
     ------

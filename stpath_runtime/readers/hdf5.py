@@ -24,7 +24,7 @@ LARGEST_SEARCHED = 2**30  # bytes
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Source]:
-    """Open an HDF5 file of which no link leaves it.
+    """Open an HDF5 file without links to other files.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def open_hdf5(path: Path) -> Iterator[Source]:
 
 
 def _check_heaps(path: Path) -> None:
-    """Refuse a heap of texts of which an object has no size or too much: HDF5 walks round in it without end.
+    """Refuse a text heap with an object of a wrong size: HDF5 would loop in it forever.
 
     Format: HDF5 file format specification, III.E, global heap. Files above LARGEST_SEARCHED are not searched: of those
     little is read, and to read all of them would take longer than the rest.
@@ -98,7 +98,7 @@ class Hdf5Source(Source):
             pieces = node.chunks or node.shape
             chunks = chunk_count(node.shape, pieces)
             declared = max(math.prod(node.shape), math.prod(pieces)) * node.dtype.itemsize
-            # A file may say that it stores more than it is long.
+            # A file may declare that it stores more than its length.
             stored = min(node.id.get_storage_size(), self.path.stat().st_size)
             check_size(self.path, what, declared, chunks, stored)
 

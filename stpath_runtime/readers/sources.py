@@ -1,6 +1,6 @@
 """An open file of named elements, HDF5 or zarr: every element is checked before it is read.
 
-What a file may make us do is bounded here: no pickle, nothing outside the file, no memory that the file does not fill.
+This limits what a file can make us do: no pickle, nothing outside the file, no more memory than the file fills.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEEPEST, MOST = 32, 2_000  # of elements within one: a file whose links form a c
 
 
 class Parts(NamedTuple):
-    """What a file has of a slide."""
+    """The parts of a slide in a file."""
 
     coords: npt.NDArray[Any]  # [N, 2]
     features: npt.NDArray[Any]  # [N, F]

@@ -79,7 +79,7 @@ def _only_table(source: ZarrSource, tables: list[str]) -> str:
     annotating = [table for table in tables if _annotates(source, table)]
     of_shapes = [table for table in annotating if _regions(source, table) & shapes]
     placed = [table for table in tables if table not in annotating and "spatial" in _obsm(source, table)]
-    chosen = of_shapes or placed or annotating  # of the last, the reason why it cannot be read is told
+    chosen = of_shapes or placed or annotating  # for the last kind, reading it gives the reason why it cannot be read
     if len(chosen) != 1:
         problem = "no table annotates" if not chosen else f"{len(chosen)} tables annotate"
         raise SlideError(
@@ -117,7 +117,7 @@ def _annotates(source: ZarrSource, table: str) -> bool:
 
 
 def _attributes(source: ZarrSource, table: str) -> dict[str, Any]:
-    """What spatialdata writes of a table that annotates: region, region_key and instance_key."""
+    """The attributes of an annotating table: region, region_key and instance_key."""
     attributes = source.read(f"tables/{table}/uns/spatialdata_attrs")
     if not isinstance(attributes, dict) or not {"region", "region_key", "instance_key"} <= set(attributes):
         raise SlideError(f"{source.path}: the table {table!r} annotates nothing; give one of tiles")

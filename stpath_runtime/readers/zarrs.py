@@ -98,8 +98,8 @@ class ZarrSource(Source):
 
     def _pieces(self, node: Any) -> tuple[int, int]:
         stored, whole = len(self._chunk_files(node)), chunk_count(node.shape, node.shards or node.chunks)
-        if stored or node.shape[:1] == (1,):  # one spot may be at the origin
-            # zarr writes no chunk of zeros: that some are not there may also be a copy that was cut off.
+        if stored or node.shape[:1] == (1,):  # a slide of one spot at the origin is all zeros
+            # zarr does not write chunks of zeros, but missing chunks may also mean an interrupted copy.
             if 0 < stored < whole:
                 warn(f"{self.path}: {node.path!r} stores {stored:,} of its {whole:,} chunks; the others are zeros")
             return 1, 1

@@ -1,4 +1,4 @@
-"""Writing results: whole under their name, or not at all; and tile by tile, however large they are."""
+"""Writing results: atomically, and tile by tile, however large they are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.floating]
 Put = Callable[[slice, slice, Floats], None]  # spots, genes, values
 
-LARGE = 2 << 30  # bytes of X, from which zarr is written where nothing else is said
+LARGE = 2 << 30  # bytes of X above which zarr is the default
 ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}  # how anndata marks a dense matrix
 TABLE, SHAPES = "stpath", "spots"  # elements of a SpatialData
 PROVENANCE = "uns/stpath"
@@ -64,7 +64,7 @@ def write_h5ad(adata: AnnData, path: Path) -> None:
 
 @contextmanager
 def write_frame(frame: AnnData, path: Path, form: Format, dtype: np.dtype[Any]) -> Iterator[Put]:
-    """Write all of a result but X, and give what puts the tiles of X, [N, G], into its file.
+    """Write a result without X, and yield the function that writes tiles of X, [N, G].
 
     The file appears under its name only when the block has ended well.
     """
@@ -76,12 +76,12 @@ def write_frame(frame: AnnData, path: Path, form: Format, dtype: np.dtype[Any]) 
 
 
 class _Disk(io.FileIO):
-    """A file for HDF5, which crashes the process when a write fails: it is told that all is well, and we are not."""
+    """A file for HDF5, which crashes the process if a write fails: errors are hidden from it and raised later."""
 
     failed: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of the data; of what comes after a failure, nothing."""
+        """Write all of the data; after a failure, nothing."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         while len(rest) and self.failed is None:
@@ -100,7 +100,7 @@ class _Disk(io.FileIO):
             return size or 0
 
     def check(self) -> None:
-        """Raise what failed."""
+        """Raise the error of the write that failed."""
         if self.failed is not None:
             raise self.failed
 
@@ -184,7 +184,7 @@ def _zarr_x(group: Any, frame: AnnData, dtype: np.dtype[Any]) -> Put:
     import numcodecs
     from zarr.codecs import BloscCodec
 
-    # The bits of like significance together: what little there is to win on predictions, at the speed of a disk.
+    # Groups bits of equal significance: the little compression that predictions allow, at the speed of a disk.
     packed: Any = (
         BloscCodec(cname="lz4", clevel=1, shuffle="bitshuffle")
         if group.metadata.zarr_format == 3

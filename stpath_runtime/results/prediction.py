@@ -1,4 +1,4 @@
-"""What the encoder found of a slide, and its genes, decoded as they are asked for or written."""
+"""A prediction: a slide's embedding, and its genes, decoded when they are read or written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Prediction:
     frame: AnnData  #: the result but for X
     embedding: npt.NDArray[np.floating]  #: [N, d]
     tokens: npt.NDArray[np.int64]  #: [G]; the last G of the frame's genes
-    measured: ContextRows | None = None  #: what takes the place of predicted values
+    measured: ContextRows | None = None  #: measured values that replace predicted ones
     earlier: Any = None  #: X of a file, whose genes come first
 
     def tiles(self) -> Iterator[ExpressionTile]:

@@ -1,4 +1,4 @@
-"""What a prediction says of how it was made: `uns["stpath"]`."""
+"""How a prediction was made: `uns["stpath"]`."""
 
 from __future__ import annotations
 

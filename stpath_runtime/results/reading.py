@@ -1,4 +1,4 @@
-"""What stpath wrote, of which only what is asked for is read: X may be larger than the memory."""
+"""Reading predictions back, only the parts that are needed: X may be larger than the memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stored:
 def open_prediction(path: str | Path) -> Iterator[tuple[AnnData, Stored]]:
     """Open a prediction, h5ad, zarr or SpatialData: the result but for X, and X [N, G] of its file, to be sliced.
 
-    What others have made of a prediction is read for what it has: `uns["stpath"]` is empty where joining predictions
+    Predictions that other programs changed are read, too: `uns["stpath"]` is empty where joining predictions
     dropped it, and X may be sparse.
 
     Raises

@@ -1,4 +1,4 @@
-"""Where results go: names, formats, and what must not be overwritten."""
+"""Where results go: names, formats, and files that must not be overwritten."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class TritonPythonModel:
             raise GeneError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
         genes = None if names == [ALL_GENES] else names
         panel, features = self.engine.vocabulary.panel(genes), _array(request, "features")
-        _check_size(len(features), len(panel))  # faults come before the work
+        _check_size(len(features), len(panel))  # errors are found before the work
         slide = Slide(
             coords=_array(request, "coords"),  # [N, 2]
             features=features,  # [N, F]

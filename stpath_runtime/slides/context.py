@@ -127,7 +127,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class ContextRows:
-    """A context in the model's terms."""
+    """A context as the model takes it: positions, tokens and log counts."""
 
     spots: npt.NDArray[np.int64]  # [C], positions in the slide
     tokens: npt.NDArray[np.int64]  # [P], distinct gene tokens
@@ -181,7 +181,7 @@ def as_csr(counts: Any, name: str) -> csr_matrix:
 
 
 def _own_sparse(counts: Any) -> Any:
-    """A sparse matrix whose arrays are nobody else's: scipy sorts them in place."""
+    """A copy of a sparse matrix: scipy sorts its arrays in place."""
     if counts.format not in ("csr", "csc", "bsr"):
         return counts.copy()
     parts = (np.array(part, part.dtype.newbyteorder("=")) for part in (counts.data, counts.indices, counts.indptr))
@@ -208,14 +208,14 @@ def known_genes(
         If a count is negative, NaN or infinite, or no gene is known.
     """
     _check_counts(counts, name)
-    found = [vocabulary.find(gene) for gene in genes]
-    known = np.flatnonzero([token is not None for token in found])
+    token_of = [vocabulary.find(gene) for gene in genes]
+    known = np.flatnonzero([token is not None for token in token_of])
     if len(known) == 0:
         first = f" (the first is {genes[0]!r})" if len(genes) else ""
         raise ContextError(
             f"{name}: none of its {len(genes):,} genes is known to the model{first}; give symbols or Ensembl ids"
         )
-    tokens = np.array([found[i] for i in known], dtype=np.int64)
+    tokens = np.array([token_of[i] for i in known], dtype=np.int64)
     return *_merge_by_maximum(counts[:, known], tokens), len(genes) - len(known)
 
 

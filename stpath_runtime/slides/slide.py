@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 65_536  # checking for NaN makes a copy of this many rows at the most
 PUBLISHED_MICRONS = 112  # side of the patches that STPath was trained on: 224 pixels at 0.5 um a pixel
-MOST_TIMES = 1.5  # smaller or larger: beyond is a scale that the model has hardly seen
-FEW = 10  # spots: of fewer, anything may be meant
+MOST_TIMES = 1.5  # smaller or larger: the model has hardly seen other scales
+FEW = 10  # spots: fewer than this warn of nothing
 LEAST_FILLED = 0.1  # of a sparse matrix of features: below, it is one of counts
 
 
 @dataclass(frozen=True)
 class Patch:
-    """The square of tissue that the features of a spot are of, as far as a file tells."""
+    """The square of tissue that a spot's features were computed from, as far as a file says."""
 
     pixels: int  #: its side, at the magnification at which it was read
     magnification: float  #: at which it was read: 20 is 0.5 um a pixel
@@ -46,8 +46,8 @@ class Slide:
     coords
         [N, 2], x and y of each spot in pixels or any other unit; integers or floats.
     features
-        [N, F], pathology features of each spot; float16, float32 or float64. Of both the slide keeps copies that nobody
-        writes to; an array that is read-only and its own is kept as it is.
+        [N, F], pathology features of each spot; float16, float32 or float64. The slide keeps read-only copies of both;
+        an array that is read-only and owns its data is kept as it is.
     barcodes
         N distinct names of the spots, as text or bytes, also [N, 1]; None means they are numbered from 0.
     organ, technology
@@ -107,11 +107,11 @@ class Slide:
             technology = None if self.technology is None else TECHNOLOGIES[technology_token(self.technology)]
         except InputError as error:
             raise SlideError(f"{self.name}: {error}") from None
-        # Frozen to its users; here it takes its checked form.
+        # Frozen for users; here the checked values are set.
         vars(self).update(coords=coords, features=features, barcodes=barcodes, organ=organ, technology=technology)
-        self._warn_of_what_is_hardly_meant()
+        self._warn_of_unlikely_input()
 
-    def _warn_of_what_is_hardly_meant(self) -> None:
+    def _warn_of_unlikely_input(self) -> None:
         if self.patch is not None and not 1 / MOST_TIMES <= self.patch.microns / PUBLISHED_MICRONS <= MOST_TIMES:
             warn(
                 f"{self.name}: its patches are {self.patch.microns:.0f} um wide ({self.patch.pixels} pixels at "
@@ -211,14 +211,14 @@ class Slide:
 
 
 def own(values: Any) -> npt.NDArray[Any]:
-    """An array in this machine's byte order that nobody writes to: a copy, unless it is one already.
+    """A read-only array in this machine's byte order: a copy, unless it is one already.
 
-    Libraries hand out arrays that are big-endian, read-only, of a file or of somebody who changes them later.
+    Libraries return arrays that are big-endian, read-only, backed by a file, or changed later by their owner.
 
     Raises
     ------
     ValueError
-        If it makes no array, or an entry is masked.
+        If it cannot be an array, or an entry is masked.
     """
     if np.ma.is_masked(values):
         raise ValueError(

@@ -89,7 +89,7 @@ class GeneVocabulary:
         # A symbol wins over an alias, and an id over both: later entries overwrite earlier ones.
         self._token: dict[str, int] = {}
         for names in (self.aliases, [(symbol,) for symbol in self.symbols], [(gene,) for gene in self.ensembl_ids]):
-            self._token.update({n: token for token, some in enumerate(names, FIRST_GENE_TOKEN) for n in some if n})
+            self._token.update({n: token for token, group in enumerate(names, FIRST_GENE_TOKEN) for n in group if n})
         if len(set(self.ensembl_ids)) != len(self.ensembl_ids):
             raise VocabularyError("gene vocabulary: an Ensembl id appears twice; each gene needs one line")
 

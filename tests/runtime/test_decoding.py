@@ -177,7 +177,7 @@ def test_faults(predicted, tiny_engine, tmp_path, capsys):
     assert "keeps no embedding; predict it again with --embeddings" in refused(capsys, "decode", plain, *decode)
     assert "unknown gene: 'GENEX'" in refused(capsys, "decode", kept, *decode[:-1], "GENEX")
     assert "no such file" in refused(capsys, "decode", tmp_path / "none.h5ad", *decode)
-    assert "no prediction" in refused(capsys, "decode", tmp_path / "s.h5", *decode)
+    assert "not a prediction" in refused(capsys, "decode", tmp_path / "s.h5", *decode)
     assert "give --out too" in refused(capsys, "decode", kept, *decode, "--format", "zarr")
     assert "would overwrite an input" in refused(capsys, "decode", kept, *decode, "--out", kept)
     other = shutil.copytree(tiny_engine, tmp_path / "other")

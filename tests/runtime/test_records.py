@@ -59,7 +59,7 @@ def test_what_was_written_comes_back(outer):
         ({"inner": {"name": 1}}, "inner.name is 1, not text"),
         ({"inner": {"name": "a", "size": True}}, "inner.size is True, not a whole number"),
         ({"inner": {"name": "a", "size": 1.0}}, "inner.size is 1.0, not a whole number"),
-        ({"inner": {"name": "a", "sise": 1}}, "inner.sise is no field"),
+        ({"inner": {"name": "a", "sise": 1}}, "inner.sise is not a field"),
         ({"inner": {"name": "a"}, "many": [{"name": "b"}, None]}, r"many\[1\] is None, not an object"),
         ({"inner": {"name": "a"}, "numbers": {"x": "1"}}, r"numbers\['x'\] is '1', not a finite number"),
         ({"inner": {"name": "a"}, "numbers": {"x": float("inf")}}, "is inf, not a finite number"),

@@ -65,10 +65,10 @@ def test_a_run_that_goes_on_may_be_longer_but_not_of_another_seed(tmp_path):
         ("data: {store: s}\nrun: {out: r, epochs: 3}\nmodel: {d_model: 9}", "model.d_model: 9 does not divide by 4"),
         ("data: {store: s}\nrun: {out: r, epochs: 3, early_stopping: 2}", "run.early_stopping: needs slides"),
         ("data: {store: s}\nrun: {out: r, out: b, epochs: 3}", "'out' appears twice"),
-        ("data: [", "no YAML"),
+        ("data: [", "not YAML"),
         ("- 1", "should be a section of named fields"),
         ("", "should be a section of named fields"),
-        ("data: {store: !!python/object:os.system x}", "no YAML"),
+        ("data: {store: !!python/object:os.system x}", "not YAML"),
     ],
 )
 def test_faults_are_named(tmp_path, text, message):

@@ -209,8 +209,8 @@ def test_a_published_encoder_comes_from_the_hub_as_its_authors_say(monkeypatch):
     [
         ((MODEL + "t",), "unknown encoder 'test_resnett' .did you mean test_resnet"),
         ((MODEL, "nowhere.pth"), "--weights nowhere.pth: no such file"),
-        (("test_vit2", "weights"), "no weights of test_vit2 .lacks 'reg_token'; 210 in all"),
-        ((MODEL, "text"), "no weights of test_resnet"),
+        (("test_vit2", "weights"), "not weights of test_vit2 .lacks 'reg_token'; 210 in all"),
+        ((MODEL, "text"), "not weights of test_resnet"),
         ((MODEL, "weights", "gpu"), "unknown device 'gpu'; give cpu or cuda:N"),
         ((MODEL, "weights", "cuda:99"), "cuda:99: "),
         (("vit_tiny_patch16_384", "of_vit"), "does not run on patches of 224 x 224 pixels"),

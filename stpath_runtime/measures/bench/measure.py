@@ -1,7 +1,8 @@
 """What `stpath bench ENGINE` measures: every backend and precision that runs the engine here, at several sizes.
 
 Loads and first calls are those of fresh processes, each of which does nothing else: their peak memory is theirs alone.
-Warm calls run in this process, in turn, encoder and head apart. Each is held to the way in which the engine was proven.
+Warm calls run in this process, in turn, encoder and head separately. Each is compared with the way that the engine was
+proven in.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def measure_engine(
         warnings.simplefilter("ignore", InputWarning)  # that kNN may be an approximation is no matter here
         for size in sizes:
             found, embeddings = _encode(engines, size, rounds, peaks, on_call)
-            if size.spots not in decoded:  # the head does not care how the spots attended
+            if size.spots not in decoded:  # attention makes no difference to the head
                 found += _decode(engines, embeddings, size, rounds, peaks)
                 decoded.add(size.spots)
             for way in embeddings:

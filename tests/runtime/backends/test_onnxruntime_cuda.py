@@ -101,8 +101,8 @@ class BfloatSession(CudaSession):
         self.gpu.queue.append(lambda: self._execute(ends))
 
     def _execute(self, ends):
-        names = [end.any_name for end in self.graph.outputs]
-        found = self.run(None, {end.any_name: ends[end.any_name] for end in self.graph.inputs})
+        names = [next(name for name in end.names if name in ends) for end in self.graph.outputs]  # one may have several
+        found = self.run(None, {name: ends[name] for end in self.graph.inputs for name in end.names if name in ends})
         for name, array in zip(names, found, strict=True):
             assert array.itemsize == ends[name].itemsize
             ends[name][...] = array.view(ends[name].dtype)

@@ -197,7 +197,7 @@ def test_other_devices_and_half_precision_are_refused(own):
 
 def test_memory_is_honoured(own):
     slide = random_slide(3000, 96, 0)
-    with pytest.raises(InputError, match="do not hold one tile"):
+    with pytest.raises(InputError, match="cannot hold one tile"):
         Engine.load(own, backend="openvino").embed(slide, memory=2**20)
 
 

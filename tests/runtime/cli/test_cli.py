@@ -195,7 +195,7 @@ def test_an_input_is_never_overwritten(tiny, slide_file, tiny_engine, stpath, tm
     before = counts.read_bytes()
     words = ["predict", features, "--engine", tiny_engine, "--genes", "GENE1", "--out"]
     assert_refused(stpath(*words, tmp_path, "--context", counts), "INT2.h5ad would overwrite an input")
-    assert_refused(stpath(*words, tmp_path), "INT2.h5ad exists and is no prediction")
+    assert_refused(stpath(*words, tmp_path), "INT2.h5ad exists and is not a prediction")
     assert counts.read_bytes() == before
     for _ in range(2):  # a prediction of before is rewritten
         assert stpath(*words, tmp_path / "pred.h5ad")[0] == 0

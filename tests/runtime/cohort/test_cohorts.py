@@ -153,7 +153,7 @@ def test_the_summary_keeps_what_it_said_of_slides_that_are_skipped(run, cohort, 
     before = rows(summary)
     assert run()[0] == 0
     assert rows(summary) == [{**row, "status": "skipped"} for row in before]
-    assert "no whole numbers" in rows(summary)[1]["warnings"]
+    assert "not whole numbers" in rows(summary)[1]["warnings"]
     # A run that is stopped says nothing new of the slides that it did not come to.
     jobs = read_cohort(str(cohort / "manifest.csv"), str(tmp_path / "out"), Format.H5AD)
     monkeypatch.setattr(CohortProgress, "__call__", interrupted)
@@ -206,7 +206,7 @@ def test_warnings_are_told_of_the_slide_that_they_are_of(run, cohort, tmp_path):
     code, _, err = run("--attention", "knn", "--neighbors", "6")
     assert code == 0
     told = {Path(row["slide"]).stem: row["warnings"] for row in rows(tmp_path / "out" / "summary.csv")}
-    assert "no whole numbers" in told.pop("S1")
+    assert "not whole numbers" in told.pop("S1")
     assert set(told.values()) == {""}
     assert err.count("is an approximation") == 1
 

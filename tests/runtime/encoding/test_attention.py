@@ -211,7 +211,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "lots", "-1G", "0", "6X", "6G6"])
 def test_sizes_that_are_none(text):
-    with pytest.raises(InputError, match="no size"):
+    with pytest.raises(InputError, match="is not a size"):
         parse_bytes(text)
 
 
