@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/triton
+LOWEST := $(VENV)/lowest
 
-.PHONY: demo demo-checkpoint test test-soak test-docs test-triton docs lint types bench bench-quick dist setup clean
+.PHONY: demo demo-checkpoint test test-lowest test-soak test-docs test-triton docs lint types bench bench-quick dist setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
@@ -22,6 +23,10 @@ test: $(INSTALLED)
 	$(BIN)/coverage report --skip-covered
 	@printf 'stpath_runtime alone, in percent: '
 	@$(BIN)/coverage report --include='stpath_runtime/*' --format=total --fail-under=90
+
+# The runtime with the lowest versions that pyproject.toml allows of what it needs, laid over those of all the rest.
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=$(LOWEST) $(BIN)/pytest -n 2 tests/runtime
 
 # The same faults many more times: mutated files, and runs that are killed.
 test-soak: $(INSTALLED)
@@ -68,6 +73,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps --target $(VENV)/features timm torchvision
+	touch $@
+
+# pip says of the other packages there that they want newer ones.
+$(LOWEST)/.installed: $(INSTALLED) tests/lowest.py
+	rm -rf $(LOWEST)
+	$(BIN)/python tests/lowest.py > $(VENV)/lowest.txt
+	$(BIN)/pip install -q --only-binary :all: --target $(LOWEST) -r $(VENV)/lowest.txt
 	touch $@
 
 # nvidia-pytriton carries a Triton server without a GPU's needs, whose Python backend takes the system's Python 3.11 (it

@@ -22,7 +22,8 @@ import published
 import variants
 from stpath_runtime import Engine
 from stpath_runtime.files import sha256
-from stpath_runtime.measures.bench.measure import relative_l2, ways_here
+from stpath_runtime.measures.agreement import relative_l2
+from stpath_runtime.measures.bench.measure import ways_here
 from stpath_runtime.measures.bench.results import Results, Row
 from stpath_runtime.measures.bench.roofline import Peaks, measure_peaks
 from stpath_runtime.measures.bench.tables import markdown, print_table

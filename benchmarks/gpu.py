@@ -34,9 +34,10 @@ from rich.table import Table
 from torch.nn.attention.flex_attention import flex_attention
 
 from stpath_export.exporter import export_engine
-from stpath_export.proof import prove, random_slide, relative_l2, require_passed
+from stpath_export.proof import prove, random_slide, require_passed
 from stpath_runtime import Engine, ParityError, Slide
 from stpath_runtime.files import sha256, written_whole
+from stpath_runtime.measures.agreement import relative_l2
 from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
 from stpath_train.inputs import knn_blocks, slide_inputs

@@ -13,7 +13,7 @@ from torch import nn
 
 from stpath_runtime.encoding.neighbors import nearest, plan_blocks
 from stpath_runtime.encoding.sizes import BLOCK
-from stpath_runtime.measures.bench.measure import relative_l2
+from stpath_runtime.measures.agreement import relative_l2
 from stpath_runtime.measures.bench.results import Row
 from stpath_runtime.slides.slide import random_slide
 from stpath_train.inputs import knn_edges

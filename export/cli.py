@@ -12,7 +12,7 @@ import typer
 from stpath_runtime.cli.options import Backend, Device, chosen_backend
 from stpath_runtime.cli.options import Precision as RunPrecision
 from stpath_runtime.errors import CheckpointError
-from stpath_runtime.progress import progress_bar
+from stpath_runtime.progress import progress_bar, report_console
 from stpath_train.cli import TRAIN, require
 
 if TYPE_CHECKING:
@@ -68,7 +68,6 @@ def verify(
 ) -> None:
     """Repeat the proof of parity for an engine that exists, on a backend and in a precision that it can run."""
     require_torch()
-    from rich.console import Console
 
     from stpath_runtime.cli.info import print_parity
     from stpath_runtime.engine import Engine
@@ -85,7 +84,7 @@ def verify(
     model, digest = _reference(checkpoint, engine)
     with progress_bar(f"prove {engine.name}") as on_step:
         proof = prove(engine, model, given, backend=backend, device=device, precision=precision, on_step=on_step)
-    print_parity(proof, Console(width=None if Console().is_terminal else 160, highlight=False))
+    print_parity(proof, report_console())
     if report is not None:
         options: dict[str, Path | str | None] = {"checkpoint": checkpoint, "slide": slide, "report": report}
         options |= {"backend": backend, "device": device, "precision": precision}

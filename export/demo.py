@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
 
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import ParityError
 from stpath_runtime.files import written_whole
-from stpath_runtime.progress import progress_bar
+from stpath_runtime.progress import progress_bar, report_console
 from stpath_runtime.readers import read_slide
 from stpath_runtime.results.output import write_h5ad
 from stpath_runtime.results.plot import draw_maps
@@ -180,7 +179,7 @@ def _print_scores(rows: Sequence[tuple[str, float, float]], what: str) -> None:
     table = Table("predicted by", "Pearson, mean of genes", "RMSE, log1p counts", title=what)
     for name, pearson, error in rows:
         table.add_row(name, "none: it is constant" if np.isnan(pearson) else f"{pearson:.3f}", f"{error:.3f}")
-    Console(highlight=False).print(table)
+    report_console().print(table)
 
 
 def _compare_with_reference(engine: Engine, slide: Slide, adata: AnnData) -> dict[str, Any]:
@@ -205,7 +204,7 @@ def _print_summary(out: Path, slide: Slide, engine: Engine, seconds: Mapping[str
     table.add_row("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
     table.add_row("parity", _verdict(row))
     table.add_row("written", ", ".join(str(out / name) for name in (*written, "scores.csv", "maps.png", "regions.png")))
-    Console(highlight=False).print(table)
+    report_console().print(table)
 
 
 def _verdict(row: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from stpath_runtime.encoding.attention import Attention
 from stpath_runtime.encoding.keys import AllSpots, NearestSpots, Spots, keys_of
 from stpath_runtime.engine import Engine, check_slide
 from stpath_runtime.errors import ParityError
+from stpath_runtime.measures.agreement import gene_pearson, relative_l2
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.context import Context
 from stpath_runtime.slides.slide import Slide, random_slide
@@ -175,29 +176,18 @@ def describe(row: Mapping[str, Any]) -> str:
     )
 
 
-def relative_l2(found: Floats, exact: Floats) -> float:
-    """||found - exact|| / ||exact||, in float64."""
-    return float(np.linalg.norm(found.astype(np.float64) - exact) / max(float(np.linalg.norm(exact)), 1e-300))
-
-
 def lowest_pearson(found: Floats, exact: Floats) -> tuple[float | None, int]:
     """Lowest Pearson r over the genes (columns) that vary, None if none does; and how many are flat."""
-    r = gene_pearson(found, exact)
+    r = pearson_of_genes(found, exact)
     return float(r.min()) if len(r) else None, exact.shape[1] - len(r)
 
 
-def gene_pearson(found: Floats, exact: Floats) -> npt.NDArray[np.float64]:
-    """Pearson r over the spots, of each gene (column) that varies.
+def pearson_of_genes(found: Floats, exact: Floats) -> npt.NDArray[np.float64]:
+    """Pearson r over the spots, of each gene (column) that is not flat.
 
     A gene is flat where its spread over the spots is below FLAT times the root mean square of the whole reference.
     """
-    scale = float(np.sqrt(np.mean(exact**2)))
-    varies = exact.std(axis=0) > FLAT * scale
-    a, b = found[:, varies].astype(np.float64), exact[:, varies]
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
-    r: npt.NDArray[np.float64] = (a * b).sum(axis=0) / np.maximum(norms, 1e-300)
-    return r
+    return gene_pearson(found, exact, flat=FLAT * float(np.sqrt(np.mean(exact**2))))
 
 
 def compare(

@@ -29,6 +29,7 @@ from stpath_runtime.encoding.backend import Array, Arrays, Backend, Workspace
 from stpath_runtime.encoding.keys import AllSpots, NearestSpots
 from stpath_runtime.encoding.sizes import DTYPES, KV_DTYPES
 from stpath_runtime.engine import Engine
+from stpath_runtime.measures.agreement import relative_l2
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.vocabulary import MASK_TOKEN, GeneVocabulary
 from stpath_train.inputs import slide_inputs
@@ -42,8 +43,7 @@ from .proof import (
     Floats,
     attention_name,
     attentions,
-    gene_pearson,
-    relative_l2,
+    pearson_of_genes,
     spots_and_keys,
 )
 
@@ -315,7 +315,7 @@ def _row(stage: str, output: str, found: dict[str, dict[str, Row]], precision: s
 
 
 def _pearson(found: Floats, exact: Floats) -> Row:
-    r = gene_pearson(found, exact)
+    r = pearson_of_genes(found, exact)
     low = dict(zip(("min", "p1", "p50"), np.quantile(r, (0, 0.01, 0.5)).tolist(), strict=True)) if len(r) else {}
     return {"genes": len(r), "flat_genes": exact.shape[1] - len(r), **low}
 

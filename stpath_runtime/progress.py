@@ -9,6 +9,13 @@ from typing import Any
 OnTile = Callable[[int, int], None]  # done, and to do in all
 
 
+def report_console() -> Any:
+    """A console of rich for tables: as wide as the terminal, or 160 columns in a pipe or file."""
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else 160, highlight=False)
+
+
 @contextmanager
 def progress_bar(name: str) -> Iterator[OnTile | None]:
     """A progress bar on a terminal; None, and no output, in a pipe."""

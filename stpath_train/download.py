@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from stpath_runtime.errors import DownloadError, OptionError
+from stpath_runtime.errors import DownloadError, OptionError, first_line
 from stpath_runtime.files import require_writable
 from stpath_runtime.machine import network_setting_at_fault
 from stpath_runtime.slides.vocabulary import nearest_names
@@ -117,7 +117,7 @@ def hub_errors(repo: str, page: str) -> Iterator[None]:
     except errors.LocalTokenNotFoundError as error:
         raise DownloadError(f"{repo}: no login; accept the terms on {page}, then run: hf auth login") from error
     except errors.HfHubHTTPError as error:
-        raise DownloadError(f"{repo}: the Hub refused ({str(error).splitlines()[0]}); see {page}") from error
+        raise DownloadError(f"{repo}: the Hub refused ({first_line(error)}); see {page}") from error
     except Exception as error:  # of the connection, or of what it is set up with
         unreachable = (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError, TimeoutError)  # type: ignore[attr-defined]
         setting = network_setting_at_fault(error)

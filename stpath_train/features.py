@@ -25,6 +25,7 @@ from stpath_runtime.errors import (
     InstallError,
     MemoryLimitError,
     OutputError,
+    first_line,
     warn,
 )
 from stpath_runtime.files import require_writable, sha256
@@ -378,8 +379,7 @@ def _from_file(name: str, weights: Path) -> nn.Module:
         state = load_state_dict(str(weights), weights_only=True)
         missing, unexpected = model.load_state_dict(state, strict=False)
     except Exception as error:  # PyTorch and safetensors raise errors of their own on a file that is no weights
-        why = str(error).strip().splitlines()[0]
-        raise EncoderError(f"--weights {weights}: not weights of {architecture} ({why})") from error
+        raise EncoderError(f"--weights {weights}: not weights of {architecture} ({first_line(error)})") from error
     classifiers = model.pretrained_cfg.get("classifier") or ()
     heads = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     unexpected = [key for key in unexpected if not key.startswith(tuple(f"{head}." for head in heads))]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..encoding.sizes import BLOCK, DECODED_ROWS, GENES_AT_ONCE, MOST_ELEMENTS, MOST_ROWS, PAD_KEYS
+from ..encoding.sizes import BLOCK, DECODED_ROWS, GENES_AT_ONCE, MOST_ELEMENTS, MOST_ROWS, PAD_KEYS, USUAL_KEYS
 from ..errors import InstallError, OptionError, PlanError
 from ..files import sha256
 from ..manifest import WEIGHTS, Manifest, ModelConfig, graph_files
@@ -35,7 +35,6 @@ INSTALL = {
 }
 # TensorRT picks the kernels that are fastest at one shape, and runs them on all of the range. Shapes of usual slides:
 USUAL_SPOTS = 4_992  # of a Visium slide
-USUAL_KEYS = 192  # of a block: k = 32 on a hexagonal grid
 USUAL_GENES, USUAL_DECODED = 8_192, 2_048  # of a tile of all genes
 USUAL_CONTEXT = 1_000  # genes
 

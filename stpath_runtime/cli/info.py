@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..manifest import Manifest
+from ..progress import report_console
 
 
 def print_manifest(path: Path, manifest: Manifest) -> None:
     """Print the manifest as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     model, checkpoint = manifest.model, manifest.checkpoint
@@ -29,7 +29,7 @@ def print_manifest(path: Path, manifest: Manifest) -> None:
         "created": manifest.created,
         "versions": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
     }
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    console = report_console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in rows.items():
         table.add_row(f"[bold]{key}[/]", value)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 BLOCK = 64  # rows of a block; fixed in the exported graphs
+USUAL_KEYS = 192  # keys of a block: k = 32 on a hexagonal grid
 PAD_KEYS = 8  # GPU kernels want the number of keys to be a multiple of 8
 CHUNK = (1_024, 256)  # spots and genes of a chunk of X: 1 MiB, for readers of one gene and for readers of one region
 # A tile reads its keys once for all its queries: with 1,024 queries that is hundreds of operations for each number

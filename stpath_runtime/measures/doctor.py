@@ -13,6 +13,8 @@ import numpy as np
 from ..errors import BackendError, InputError, InputWarning, ParityError
 from ..machine import cpu_features, installed, nvidia_gpus
 from ..manifest import Manifest
+from ..progress import report_console
+from .agreement import relative_l2
 
 SPOTS, KNN = 300, 8  # spots of the slide that backends are compared on
 BARS = {
@@ -83,7 +85,7 @@ def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
     found = {}
     for way in ways:
         pairs = zip(_expressions(engine, way), exact, strict=True)
-        error = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+        error = max(relative_l2(a, b) for a, b in pairs)
         bar = BARS[way.precision or Manifest.read(engine).precision]
         found[way] = (error, error <= bar)  # NaN is not
     return found
@@ -141,10 +143,9 @@ def _print(
     differs: dict[Way, tuple[float, bool]],
     engine: Path | None,
 ) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    console = report_console()
     console.print(f"CPU: {len(os.sched_getaffinity(0))} cores; {', '.join(cpu_features()) or 'no AVX2'}")
     console.print(f"GPU: {'; '.join(gpus) or 'none (by the driver)'}")
     table = Table("backend", "device", "precision", "needs", "installed", "differs by", "state", title="stpath doctor")

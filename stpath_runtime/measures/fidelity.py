@@ -17,8 +17,9 @@ from ..engine import Engine
 from ..errors import InputWarning
 from ..files import written_whole
 from ..names import shown
-from ..progress import OnTile
+from ..progress import OnTile, report_console
 from ..slides.slide import Slide
+from .agreement import gene_pearson, relative_l2
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -74,7 +75,7 @@ def measure_fidelity(
             warnings.simplefilter("ignore", InputWarning)  # that it is an approximation is what this measures
             engine.embed(Slide(slide.coords[:1], slide.features[:1]), attention=Attention("knn", k))
             taken, found = _timed(engine, slide, memory, Attention("knn", k))
-        error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+        error = relative_l2(found, exact)
         r = _pearson_by_gene(engine, found, exact)
         rows.append(Fidelity(k, error, tuple(np.quantile(r, QUANTILES).tolist()) if len(r) else (), taken))
     trained = model.attention + (f" {model.neighbors}" if model.neighbors else "")
@@ -83,10 +84,9 @@ def measure_fidelity(
 
 def print_fidelity(report: FidelityReport) -> None:
     """Print the report as a table."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console = report_console()
     title = f"kNN against {report.trained} attention: {report.spots:,} spots, {report.genes:,} genes"
     table = Table(title=title)
     for column in ("k", "embedding, relative L2", *(f"Pearson {q:.0%}" for q in QUANTILES), "encoder, s"):
@@ -145,8 +145,5 @@ def _pearson_by_gene(
     genes, all_r = engine.vocabulary.ensembl_ids, []
     for start in range(0, len(genes), GENES_AT_ONCE):
         part = genes[start : start + GENES_AT_ONCE]
-        a, b = (engine.decode(embedding, part).astype(np.float64) for embedding in (found, exact))
-        a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-        norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
-        all_r.append((a * b).sum(axis=0)[norms > 0] / norms[norms > 0])
+        all_r.append(gene_pearson(engine.decode(found, part), engine.decode(exact, part)))
     return np.concatenate(all_r)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import FileError, InputError, MemoryLimitError, warn
+from ..errors import FileError, InputError, MemoryLimitError, first_line, warn
 
 ALWAYS_ALLOCATED = 64 * 2**20  # bytes that any file may declare
 MOST_TIMES = 1000  # bytes declared for one stored: deflate's limit is about this, and no measured data comes near it
@@ -132,6 +132,6 @@ def warn_ignored(path: Path, what: str) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of an error."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error, shortened if it is very long."""
+    line = first_line(error)
     return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "…"

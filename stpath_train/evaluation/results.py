@@ -19,6 +19,7 @@ import numpy as np
 
 from stpath_runtime.errors import OutputError
 from stpath_runtime.files import require_writable, written_whole
+from stpath_runtime.progress import report_console
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,10 +82,9 @@ def write_evaluation(found: Evaluation, out: Path, about: Row, simulated: bool) 
 
 def print_figures(found: Evaluation, simulated: bool) -> None:
     """Print the figures as a table."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 120, highlight=False)
+    console = report_console()
     table = Table(title=found.task + (f" ({SIMULATED})" if simulated else ""))
     columns = list(dict.fromkeys(name for row in found.figures for name in row if name not in ("low", "high")))
     for name in columns:

@@ -82,6 +82,6 @@ def test_the_published_engine_is_made_once_and_again_when_its_code_changes(tmp_p
     monkeypatch.setattr(published, "SEED", 1)
     assert published.checkpoint().read_text() == "weights"
     assert not first.parent.exists()
-    with pytest.raises(CheckpointError, match="no state_dict"):
+    with pytest.raises(CheckpointError, match="not a state_dict"):
         published.engine()
     assert not (published.checkpoint().parent / "fp32").exists()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stpath_export.proof import compare, lowest_pearson, relative_l2
+from stpath_export.proof import compare, lowest_pearson
+from stpath_runtime.measures.agreement import relative_l2
 
 RNG = np.random.default_rng(0)
 EXACT = RNG.standard_normal((50, 4))

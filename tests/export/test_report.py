@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from helpers import require_bf16
 from stpath_export import figures, proof, report, trace
 from stpath_export.bundle import read_case, write_bundle
-from stpath_export.proof import KNN, relative_l2
+from stpath_export.proof import KNN
 from stpath_runtime import Engine, InputError
 from stpath_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stpath_runtime.cli.app import main
+from stpath_runtime.measures.agreement import relative_l2
 from stpath_train.checkpoint import load_checkpoint
 
 FILES = {"report.html", "report.json", "stages.png", "scatter.png", "histogram.png"}

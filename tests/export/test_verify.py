@@ -46,6 +46,7 @@ def test_a_backend_that_errs_fails(own, tiny_checkpoint, monkeypatch):
 
 
 def test_a_given_slide_is_held_to_pearson_in_a_low_precision(own, tiny, tiny_checkpoint, monkeypatch):
+    require_bf16()
     (_, slide, _), *_ = tiny.slides()
     monkeypatch.setattr(proof, "LOW_PEARSON_BAR", 1.1)  # none reaches it
     report = proof.prove(own, load_checkpoint(tiny_checkpoint), [slide], backend="openvino", precision="bf16")

@@ -90,7 +90,7 @@ def test_highly_variable_genes_are_among_those_that_many_spots_have():
     [
         (lambda s: Store.create(s.path, made_up_vocabulary(41)), "a store of another vocabulary"),
         (lambda s: Store.create(s.path / "slides", s.vocabulary), "is not a training store"),
-        (lambda s: Store.open(s.path / "nowhere"), "no training store"),
+        (lambda s: Store.open(s.path / "nowhere"), "not a training store"),
         (lambda s: s.read("a"), "no slide 'a' .did you mean A"),
         (lambda s: s.task("IDC"), "no task 'IDC'; it has none"),
         (lambda s: s.add(Record("C", "Lung", ""), an_adata(s.vocabulary, features=5)), "5 wide, those of the store 6"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import OptionError, warn
+from ...progress import report_console
 from .results import Results, Row
 from .tables import three_digits
 
@@ -79,10 +80,9 @@ def warn_of_differences(old: Results, new: Results) -> None:
 def print_pairs(found: list[Pair], ratio: float) -> int:
     """Print both medians of each pair and their ratio, regressions marked; returns how many rows are regressions."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else 200, highlight=False)
+    console = report_console()
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("what", "on", "by"):
         table.add_column(name)

@@ -12,34 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from ...encoding.sizes import USUAL_KEYS
 from ...engine import Engine
 from ...errors import BackendError, InputError, InputWarning, OptionError
 from ...machine import nvidia_gpus
 from ...manifest import Manifest
 from ...progress import OnTile
 from ...slides.slide import random_slide
+from ..agreement import Floats, relative_l2
 from ..doctor import WAYS, Way, fault_of
 from . import roofline
 from .alone import Found, Task, run_alone
 from .results import Results, Row
 from .timing import in_turn
 
-Floats = npt.NDArray[np.floating[Any]]
 Engines = Mapping[Way, Engine]
 OnCall = Callable[[Row], None]
-USUAL_KEYS = 192  # of a dense block: k = 32 on a hexagonal grid
 ORDER = ("first call", "encode", "decode")
-
-
-def relative_l2(found: Floats, exact: Floats) -> float:
-    """||found - exact|| / ||exact||, in float64."""
-    exact = exact.astype(np.float64)
-    return float(np.linalg.norm(found - exact) / max(float(np.linalg.norm(exact)), 1e-300))
 
 
 def ways_here(engine: Path, backend: str | None = None, precision: str | None = None) -> list[Way]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...progress import report_console
 from .results import WIDE, Results, Row, describe
 
 if TYPE_CHECKING:
@@ -46,10 +47,9 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def print_table(results: Results, console: Console | None = None) -> None:
     """Print the table, the machine above and how to read it below."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = console or Console(width=None if Console().is_terminal else 200, highlight=False)
+    console = console or report_console()
     table = Table(title=results.title, box=box.SIMPLE_HEAD)
     names, cells = columns(results.rows)
     for i, name in enumerate(names):
