@@ -17,8 +17,7 @@ import torch
 
 from stpath_runtime import Context, Engine, Slide
 from stpath_runtime.encoding import encoder as stages
-from stpath_runtime.encoding.attention import Attention
-from stpath_runtime.encoding.keys import Spots, keys_of
+from stpath_runtime.encoding.attention import Attention, Spots, keys_of
 from stpath_runtime.machine import available_on_host
 from stpath_runtime.measures.bench.results import Row
 from stpath_runtime.measures.bench.timing import Call

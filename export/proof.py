@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 
 from stpath_runtime.encoding import encoder
-from stpath_runtime.encoding.attention import Attention
-from stpath_runtime.encoding.keys import AllSpots, NearestSpots, Spots, keys_of
+from stpath_runtime.encoding.attention import AllSpots, Attention, NearestSpots, Spots, keys_of
 from stpath_runtime.engine import Engine, check_slide
 from stpath_runtime.errors import ParityError
 from stpath_runtime.measures.agreement import gene_pearson, relative_l2

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stpath_runtime.encoding import encoder
+from stpath_runtime.encoding.attention import AllSpots, NearestSpots
 from stpath_runtime.encoding.backend import Array, Arrays, Backend, Workspace
-from stpath_runtime.encoding.keys import AllSpots, NearestSpots
 from stpath_runtime.encoding.sizes import DTYPES, KV_DTYPES
 from stpath_runtime.engine import Engine
 from stpath_runtime.measures.agreement import relative_l2

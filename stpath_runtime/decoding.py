@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .engine import Engine, check_embedding
 from .errors import PredictionError, warn
 from .progress import OnTile
-from .readers.opening import opened
+from .readers import opened
 from .readers.zarrs import ZarrSource
 from .results.output import SHAPES, TABLE, Format
 from .results.prediction import EMBEDDING, Prediction

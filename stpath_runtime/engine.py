@@ -11,19 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends import open_backend
-from .encoding.attention import Attention
+from .encoding.attention import Attention, Spots, keys_of
 from .encoding.backend import Backend
-from .encoding.decoder import decode
-from .encoding.encoder import encode
-from .encoding.keys import Spots, keys_of
+from .encoding.encoder import decode, encode
 from .errors import EngineError, FeaturesError, PredictionError, SlideError, warn
 from .files import sha256
 from .machine import parse_bytes
 from .manifest import GENES, MANIFEST, Manifest
 from .progress import OnTile
 from .readers import keys_of_width
-from .results.prediction import EMBEDDING, Prediction, new_frame
-from .results.provenance import provenance
+from .results.prediction import EMBEDDING, Prediction, new_frame, provenance
 from .slides.context import Context, ContextRows
 from .slides.slide import Slide
 from .slides.vocabulary import GeneVocabulary

@@ -1,4 +1,4 @@
-"""The stages of an engine, run over tiles of spots: features in, embedding out.
+"""The stages of an engine, run over tiles of spots: features in, embedding out; embedding in, expression out.
 
 Only x, k and v of the whole slide are kept in the memory of the device (and the next layer's k and v while they are
 computed), and which keys each tile needs. What a tile takes beyond that does not grow with the square of the spots.
@@ -15,21 +15,22 @@ Global and kNN attention run the same stages. They differ in the order of the ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import SlideError
+from ..errors import MemoryLimitError, SlideError
 from ..manifest import ModelConfig
 from ..progress import OnTile
 from ..slides.vocabulary import MASK_TOKEN
+from .attention import AllSpots, Keys, NearestSpots, Spots
 from .backend import Backend
-from .keys import AllSpots, Keys, NearestSpots, Spots
-from .sizes import DTYPES, KV_DTYPES, MOST_ROWS
-from .tiles import most_rows, row_slices, tile_rows
+from .sizes import BLOCK, CHUNK, DECODED_ROWS, DTYPES, GENES_AT_ONCE, KV_DTYPES, MOST_BYTES, MOST_ELEMENTS, MOST_ROWS
 
 Floats = npt.NDArray[Any]
+ExpressionTile = tuple[slice, slice, npt.NDArray[np.float32]]  # spots, genes, values [spots, genes]
 
 
 def encode(
@@ -156,3 +157,77 @@ def _embed_inputs(
         "gene_rows": gene_rows[used],
         "gene_row": gene_row,
     }
+
+
+def decode(
+    backend: Backend, precision: str, embedding: Floats, token_ids: npt.NDArray[np.int64]
+) -> Iterator[ExpressionTile]:
+    """Expression (log1p of raw counts) of the genes asked for, from an embedding [N, d], tile by tile.
+
+    Yields
+    ------
+    Spots, genes (positions in `token_ids`), and their values [spots, genes]. Tiles start at multiples of CHUNK.
+    """
+    for start in range(0, len(token_ids), GENES_AT_ONCE):
+        genes = slice(start, min(start + GENES_AT_ONCE, len(token_ids)))
+        # Whole chunks of spots, as many as pay: a chunk of a file is written once.
+        step = max(1, min(DECODED_ROWS, most_rows((genes.stop - start) * 4)) // CHUNK[0]) * CHUNK[0]
+        for first in range(0, len(embedding), step):
+            spots = slice(first, min(first + step, len(embedding)))
+            tile = embedding[spots].astype(DTYPES[precision], copy=False)
+            (values,) = backend.run("head", {"embedding": tile, "token_ids": token_ids[genes]})
+            yield spots, genes, values.astype(np.float32, copy=False)
+
+
+def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str, most_rows: int, graphs: int) -> int:
+    """Rows of a tile: as many as help, within the memory that is left beside the bytes that are kept.
+
+    Parameters
+    ----------
+    kept
+        Bytes that are needed whatever the size of the tile.
+    graphs
+        How many graphs keep the memory of a tile at once.
+
+    Raises
+    ------
+    InputError
+        If not even the smallest tile fits; the message gives the least that works.
+    """
+    # Beside its keys, a row of a tile has activations: x, q, attention, mlp (twice), k, v; and its features.
+    row_bytes = graphs * (keys.row_bytes + (6 * model.d_model + 2 * model.d_mlp + model.n_features) * 4)
+    fit = (memory - kept) // row_bytes // keys.unit * keys.unit
+    least = kept + keys.unit * row_bytes
+    if memory < least:
+        raise MemoryLimitError(
+            f"{name}: {_rounded_down(memory)} of memory cannot hold one tile of {keys.rows:,} spots; the least that "
+            f"works is {-(-least // 2**20):,} MiB (--memory)"
+        )
+    # The scores of a tile, and the keys of its blocks, are the largest tensors.
+    most = MOST_ELEMENTS // (keys.keys_of_row * max(model.n_heads, model.d_model // BLOCK)) // keys.unit * keys.unit
+    return min(fit, most_rows, max(most, keys.unit))
+
+
+def row_slices(n: int, size: int, unit: int) -> Iterator[slice]:
+    """Slices that cover n rows, nearly equal, none above `size`, each starting at a multiple of the unit.
+
+    The larger ones come first: a smaller tile fits into the memory of a larger one, which avoids fragmentation.
+    """
+    units = -(-n // unit)
+    count = -(-units // max(1, size // unit))
+    least, larger = divmod(units, max(1, count))
+    start = 0
+    for i in range(count):
+        stop = start + (least + (i < larger)) * unit
+        yield slice(start, min(n, stop))
+        start = stop
+
+
+def most_rows(row_bytes: int) -> int:
+    """Rows of a tile of a stage without keys; more would not be faster."""
+    return max(1, MOST_BYTES // row_bytes)
+
+
+def _rounded_down(size: int) -> str:
+    """A size that is too small, rounded so that it never reads as one that is large enough."""
+    return f"{size // 2**20:,} MiB" if size >= 2**20 else f"{size // 2**10:,} KiB"

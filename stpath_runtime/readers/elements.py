@@ -10,13 +10,7 @@ import numpy.typing as npt
 from ..errors import FileError, SlideError
 from ..slides.slide import dense_features
 from ..slides.vocabulary import nearest_names
-from .checks import reading
-from .sources import Parts, Source
-
-
-def is_anndata(source: Source) -> bool:
-    """Whether a file holds an AnnData (old ones have no encoding attribute)."""
-    return str(source.attributes().get("encoding-type")) == "anndata" or {"obs", "var"} <= set(source.names())
+from .sources import Parts, Source, reading
 
 
 def read_anndata(source: Source, features_key: str | None) -> Parts:

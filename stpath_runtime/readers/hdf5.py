@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileError, SlideError
+from ..slides.slide import Patch
 from ..slides.vocabulary import nearest_names
-from .checks import PLUGINS, check_size, chunk_count, reading
-from .patches import patch_of_trident
-from .sources import KINDS, Parts, Source
+from .sources import KINDS, PIXELS, PLUGINS, SCALES, Parts, Source, check_size, chunk_count, patch_sizes, reading
 
 FEATURES = ("embeddings", "features")  # STPath and HEST; TRIDENT and CLAM
 BARCODES = ("barcodes", "barcode")
 MOST_LINKS = 100_000
 HEAP = b"GCOL\x01\0\0\0"  # how a global heap begins, in which HDF5 keeps texts
 LARGEST_SEARCHED = 2**30  # bytes
+TRIDENT = {
+    "patch_size": PIXELS,
+    "target_magnification": SCALES,
+    "patch_size_level0": PIXELS,
+    "level0_magnification": SCALES,
+}
 
 
 @contextmanager
@@ -156,7 +161,7 @@ def read_features(source: Source, features_key: str | None) -> Parts:
     barcodes = next((source.array(key) for key in BARCODES if key in found), None)
     if barcodes is not None and barcodes.dtype.kind not in "SOUiu":
         raise SlideError(f"{path}: the barcodes are of type {barcodes.dtype}; expected text")
-    return Parts(coords, features, barcodes, patch_of_trident(source.attributes("coords"), path))
+    return Parts(coords, features, barcodes, _patch(source.attributes("coords"), path))
 
 
 def _features_name(source: Source, features_key: str | None) -> str:
@@ -180,3 +185,13 @@ def _features_name(source: Source, features_key: str | None) -> str:
             f"{path}: no features; expected a dataset {' or '.join(map(repr, FEATURES))}, found: {source.listed('')}"
         )
     return names[0]
+
+
+def _patch(attributes: Mapping[str, Any], path: Path) -> Patch | None:
+    """The patch that the attributes of `coords` tell of, or None; those that cannot be are ignored with a warning."""
+    found = patch_sizes(attributes, TRIDENT, "the attribute {} of 'coords'", path)
+    if "patch_size" not in found or "target_magnification" not in found:
+        return None
+    level0_pixels = int(found["patch_size_level0"]) if "patch_size_level0" in found else None
+    pixels, magnification = int(found["patch_size"]), found["target_magnification"]
+    return Patch(pixels, magnification, level0_pixels, found.get("level0_magnification"))

@@ -1,24 +1,38 @@
-"""An open file of named elements, HDF5 or zarr: every element is checked before it is read.
+"""An open file of named elements, HDF5 or zarr, whose errors become one line each.
 
-This limits what a file can make us do: no pickle, nothing outside the file, no more memory than the file fills.
+Every element is checked before it is read. This limits what a file can make us do: no pickle, nothing outside the
+file, no more memory than the file fills.
 """
 
 from __future__ import annotations
 
+import errno
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import FileError
+from ..errors import FileError, InputError, MemoryLimitError, first_line, warn
 from ..slides.slide import Patch
-from .checks import reading
 
 KINDS = "biufSUT"  # booleans, numbers and text of fixed or variable length: what numpy calls them
 DEEPEST, MOST = 32, 2_000  # of elements within one: a file whose links form a circle has no end
+ALWAYS_ALLOCATED = 64 * 2**20  # bytes that any file may declare
+MOST_TIMES = 1000  # bytes declared for one stored: deflate's limit is about this, and no measured data comes near it
+MANY_CHUNKS = 10_000
+LONGEST_REASON = 1_000  # of what a library says
+BROKEN_DISK = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EREMOTEIO}
+PLUGINS = (
+    "write it again with gzip, or install hdf5plugin and set HDF5_PLUGIN_PATH to its folder of plugins "
+    "(python -c 'import hdf5plugin; print(hdf5plugin.PLUGIN_PATH)')"
+)
+PIXELS, SCALES = (1, 10**6), (0.01, 1000)  # what a side in pixels, and a magnification or microns a pixel, can be
 
 
 class Parts(NamedTuple):
@@ -164,3 +178,147 @@ def _check_sparse(source: Source, key: str, attributes: Mapping[str, Any]) -> No
 
 def _quoted(key: str) -> str:
     return repr(key) if key else "the file"
+
+
+def is_anndata(source: Source) -> bool:
+    """Whether a file holds an AnnData (old ones have no encoding attribute)."""
+    return str(source.attributes().get("encoding-type")) == "anndata" or {"obs", "var"} <= set(source.names())
+
+
+@contextmanager
+def reading(path: Path, what: str = "the file") -> Iterator[None]:
+    """Turn whatever a library raises about a file into one line. Only for calls of those libraries.
+
+    Raises
+    ------
+    InputError
+        If anything is raised in the block.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # h5py, zarr, anndata, pandas and pyarrow raise errors of any kind
+        raise explained(path, what, error) from error
+
+
+def explained(path: Path, what: str, error: Exception) -> InputError:
+    """The error for a failed read, by its cause, each with its own fix: most such files are not damaged."""
+    chain = _chain(error)
+    numbers = {cause.errno for cause in chain if isinstance(cause, OSError)}
+    said = " ".join(str(cause) for cause in chain)
+    newer = next((cause for cause in chain if type(cause).__name__ == "IORegistryError"), None)
+    if errno.ENOMEM in numbers or any(isinstance(cause, MemoryError) for cause in chain):
+        return MemoryLimitError(f"{path}: {what} does not fit in memory")
+    causes = [
+        (
+            "unable to lock file" in said or numbers & {errno.EAGAIN, errno.EDEADLK},
+            "another process has the file open to write it, as a tool that still makes it; wait until it has ended, or "
+            "close the file there",
+        ),
+        (
+            numbers & {errno.EACCES, errno.EPERM} or "Permission denied" in said,
+            f"{what} may not be read (permission denied); ask for the right to read it",
+        ),
+        (
+            errno.ENOENT in numbers,
+            f"{what} is not there any more; look whether another process moves or removes it",
+        ),
+        (
+            numbers & {errno.EMFILE, errno.ENFILE},
+            f"too many files are open ({brief(error)}); raise the limit: ulimit -n 4096",
+        ),
+        (
+            numbers & BROKEN_DISK or any(isinstance(cause, TimeoutError | ConnectionError) for cause in chain),
+            f"the disk or network that {what} is on fails ({brief(error)}); try again, or copy it to this machine",
+        ),
+        (
+            newer,
+            f"{what} is written in a way that the anndata here does not know ({_registered(newer or error)}); update "
+            "anndata, or write the file with an older one",
+        ),
+        (
+            ("filter" in said and "not registered" in said) or "can't open directory" in said,
+            f"{what} is compressed by a filter that is not here ({brief(error)}); {PLUGINS}",
+        ),
+    ]
+    damaged = f"{what} cannot be read; it is truncated or damaged ({brief(error)}); copy it again, or make it again"
+    return FileError(f"{path}: {next((text for applies, text in causes if applies), damaged)}")
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and its causes."""
+    chain: list[BaseException] = []
+    at: BaseException | None = error
+    while at is not None and at not in chain and len(chain) < 20:
+        chain.append(at)
+        at = at.__cause__ or at.__context__
+    return chain
+
+
+def _registered(error: BaseException) -> str:
+    """What anndata has no method for: "array 0.3.0"."""
+    match = re.search(r"encoding_type='([^']*)', encoding_version='([^']*)'", str(error))
+    return f"{match[1]} {match[2]}" if match else brief(error)
+
+
+def check_size(path: Path, what: str, declared: int, chunks: int, stored: int) -> None:
+    """Refuse an array that declares absurdly more than it stores, before it is allocated.
+
+    Parameters
+    ----------
+    declared, stored
+        Bytes in memory and in the file.
+    chunks
+        The pieces that it is stored in, each of which costs time.
+
+    Raises
+    ------
+    InputError
+        If over 64 MiB are declared, and 1,000 times what is stored; or over 10,000 chunks, with less than a byte each.
+    """
+    if declared > max(ALWAYS_ALLOCATED, MOST_TIMES * stored) or chunks > max(MANY_CHUNKS, stored):
+        raise FileError(
+            f"{path}: {what} declares {declared:,} bytes in {chunks:,} chunks but stores {stored:,}; "
+            "it is damaged or made to fill the memory: make it again"
+        )
+
+
+def chunk_count(shape: Sequence[int], chunk: Sequence[int]) -> int:
+    """How many chunks make an array."""
+    return math.prod(-(-n // max(size, 1)) for n, size in zip(shape, chunk, strict=True))
+
+
+def warn_ignored(path: Path, what: str) -> None:
+    """Warn that something odd in a file is ignored."""
+    warn(f"{path}: {what}; it is ignored")
+
+
+def brief(error: BaseException) -> str:
+    """The first line of an error, shortened if it is very long."""
+    line = first_line(error)
+    return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "…"
+
+
+def patch_sizes(
+    attributes: Mapping[str, Any], wanted: Mapping[str, tuple[float, float]], where: str, path: Path
+) -> dict[str, float]:
+    """The wanted attributes that are there and within their range; a warning for each that is not."""
+    found = {}
+    for name, (low, high) in wanted.items():
+        value = attributes.get(name)
+        if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+            value = value.item()
+        if value is None:
+            continue
+        number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+        if number and low <= value <= high and (wanted[name] != PIXELS or value == int(value)):
+            found[name] = float(value)
+        else:
+            warn_ignored(path, f"{where.format(name)} is {shortened(value)}")
+    return found
+
+
+def shortened(value: object) -> str:
+    """A value as messages show it."""
+    return " ".join(repr(value).split())[:60]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import FileError, InstallError, SlideError
+from ..slides.slide import Patch
 from ..slides.vocabulary import nearest_names
-from .checks import check_size, reading
 from .elements import dense, read_names
-from .patches import patch_of_lazyslide
-from .sources import Parts, width_of
+from .sources import PIXELS, SCALES, Parts, check_size, patch_sizes, reading, shortened, warn_ignored, width_of
 from .zarrs import ZarrSource
+
+LAZYSLIDE = {"height": PIXELS, "width": PIXELS, "mpp": SCALES, "base_downsample": SCALES}
 
 
 def is_spatialdata(source: ZarrSource) -> bool:
@@ -39,7 +41,7 @@ def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
     if _annotates(source, table):
         element, instance_key = _annotated(source, table)
         coords = _coords(source, table, element, instance_key)
-        patch = patch_of_lazyslide(source.attributes().get("tile_spec"), element, source.path)
+        patch = _patch(source.attributes().get("tile_spec"), element, source.path)
     elif "spatial" in source.names(f"{folder}/obsm"):
         coords = dense(source, f"{folder}/obsm/spatial")
     else:
@@ -241,3 +243,28 @@ def _read_shapes(source: ZarrSource, element: str, instance_key: str, of_tiles: 
         declared = max(file.metadata.num_rows * 8 * len(wanted), sum(group.total_byte_size for group in groups))
         check_size(source.path, repr(name), declared, len(groups), source.files.sizes[name])
         return file.read(wanted, use_pandas_metadata=True).to_pandas()
+
+
+def _patch(tile_spec: object, element: str, path: Path) -> Patch | None:
+    """The patch that an element's entry in the root attribute `tile_spec` tells of, or None, as for TRIDENT.
+
+    wsidata writes height and width in pixels at mpp microns a pixel, and base_downsample: how many pixels of level 0
+    make one of them.
+    """
+    entry = tile_spec.get(element) if isinstance(tile_spec, Mapping) else tile_spec
+    if entry is not None and not isinstance(entry, Mapping):
+        warn_ignored(path, f"tile_spec of {element!r} is {shortened(entry)}, not a table of sizes")
+    if not isinstance(entry, Mapping):
+        return None
+    found = patch_sizes(entry, LAZYSLIDE, f"{{}} in tile_spec of {element!r}", path)
+    if not {"height", "width", "mpp"} <= set(found):
+        return None
+    if found["height"] != found["width"]:
+        warn_ignored(
+            path, f"tile_spec of {element!r} is of {found['width']:g} x {found['height']:g} pixels, not a square"
+        )
+        return None
+    pixels, magnification, downsample = int(found["width"]), 10 / found["mpp"], found.get("base_downsample")
+    if downsample is None:
+        return Patch(pixels, magnification)
+    return Patch(pixels, magnification, int(pixels * downsample), magnification * downsample)

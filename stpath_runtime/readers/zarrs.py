@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from ..errors import FileError, warn
-from .checks import check_size, chunk_count, reading
-from .sources import KINDS, Source
+from .sources import KINDS, Source, check_size, chunk_count, reading
 
 ROOTS = ("zarr.json", ".zgroup")  # format 3 and 2
 METADATA = (*ROOTS, ".zarray")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..encoding.attention import Attention
 from ..encoding.backend import Backend
-from ..encoding.decoder import ExpressionTile, decode
+from ..encoding.encoder import ExpressionTile, decode
 from ..encoding.sizes import CHUNK, GENES_AT_ONCE
+from ..manifest import Manifest
 from ..progress import OnTile
 from ..slides.context import ContextRows
-from ..slides.slide import Slide
+from ..slides.slide import Patch, Slide
 from .output import Format, write_frame
 
 if TYPE_CHECKING:
@@ -113,3 +115,29 @@ def _fill(values: npt.NDArray[np.float32], spots: slice, tokens: npt.NDArray[np.
     if len(inside) and genes:
         known = measured.log_counts[inside][:, [column[int(tokens[i])] for i in genes]]
         values[np.ix_(measured.spots[inside] - spots.start, genes)] = known.toarray()
+
+
+def provenance(
+    slide: Slide, engine: str, manifest: Manifest, backend: Backend, precision: str, attention: Attention
+) -> dict[str, Any]:
+    """The facts of one slide's prediction; `engine` is the SHA-256 of the manifest that was loaded."""
+    return {
+        "engine": engine,
+        "checkpoint": manifest.checkpoint["sha256"],
+        "attention": attention.kind,
+        "neighbors": attention.neighbors,
+        "trained_attention": manifest.model.attention,
+        "trained_neighbors": manifest.model.neighbors,
+        "precision": precision,
+        "backend": backend.name,
+        "device": backend.device,
+        "organ": slide.organ or "",
+        "technology": slide.technology or "",
+        "patch": _known(slide.patch),
+        "units": "log1p raw counts",
+    }
+
+
+def _known(patch: Patch | None) -> dict[str, float]:
+    """What is known of a slide's patches; AnnData files hold no None."""
+    return {name: value for name, value in asdict(patch).items() if value is not None} if patch is not None else {}

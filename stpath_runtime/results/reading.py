@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import PredictionError
-from ..readers.checks import reading
+from ..readers import opened
 from ..readers.elements import read_matrix
-from ..readers.opening import opened
-from ..readers.sources import Source
+from ..readers.sources import Source, reading
 from ..readers.spatial import is_spatialdata
 from ..readers.zarrs import ZarrSource
 from .output import TABLE

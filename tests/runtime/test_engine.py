@@ -18,8 +18,7 @@ from scipy import sparse
 from helpers import relative_l2
 from stpath_runtime import Context, Engine, InputError, Slide, read_slide
 from stpath_runtime.encoding import decoder, encoder, tiles
-from stpath_runtime.encoding.attention import Attention
-from stpath_runtime.encoding.keys import Spots, keys_of
+from stpath_runtime.encoding.attention import Attention, Spots, keys_of
 from stpath_runtime.errors import InputWarning
 from stpath_train.inputs import slide_inputs
 from stpath_train.literal import literal_forward

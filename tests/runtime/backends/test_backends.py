@@ -14,8 +14,7 @@ from stpath_runtime import Engine, InputError, Slide
 from stpath_runtime.backends import choice, open_backend
 from stpath_runtime.backends import onnxruntime as onnxruntime_backend
 from stpath_runtime.encoding import encoder
-from stpath_runtime.encoding.attention import Attention
-from stpath_runtime.encoding.keys import Spots, keys_of
+from stpath_runtime.encoding.attention import Attention, Spots, keys_of
 
 # Of published outputs in float32 and, for bfloat16, a bound that only catches blunders: the proof measures the error.
 BARS = {"fp32": 1e-5, "bf16": 2e-2}

@@ -18,8 +18,7 @@ from helpers import relative_l2
 from stpath_runtime import Context, Engine, InputError, Slide, machine
 from stpath_runtime.cli.app import main
 from stpath_runtime.encoding import encoder
-from stpath_runtime.encoding.attention import Attention
-from stpath_runtime.encoding.keys import Spots, keys_of
+from stpath_runtime.encoding.attention import Attention, Spots, keys_of
 from stpath_runtime.errors import InputWarning
 from stpath_runtime.machine import available_in_cgroups, available_on_host, parse_bytes
 from stpath_runtime.measures.fidelity import measure_fidelity

@@ -16,7 +16,7 @@ from readers_helpers import COORDS, FEATURES, make_anndata, write_anndata, write
 
 from stpath_runtime import InputError, InputWarning, read_slide
 from stpath_runtime.errors import FileError, MemoryLimitError
-from stpath_runtime.readers.checks import reading
+from stpath_runtime.readers.sources import reading
 
 
 def test_a_file_that_another_process_writes(tmp_path):

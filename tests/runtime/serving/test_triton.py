@@ -18,7 +18,7 @@ import pytest
 from helpers import copy_with_knn, texts
 from stpath_runtime import Engine, InputError, Slide
 from stpath_runtime.cli.app import main
-from stpath_runtime.encoding.keys import NearestSpots, Spots, keys_of
+from stpath_runtime.encoding.attention import NearestSpots, Spots, keys_of
 from stpath_runtime.errors import InputWarning
 from stpath_runtime.serving import repository as triton
 from stpath_runtime.serving.repository import write_model_repository
