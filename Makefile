@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/triton
-LOWEST := $(VENV)/lowest
+LOWEST := $(abspath $(VENV)/lowest)
 
 .PHONY: demo demo-checkpoint test test-lowest test-soak test-docs test-triton docs lint types bench bench-quick dist setup clean
 

@@ -10,10 +10,10 @@ OnTile = Callable[[int, int], None]  # done, and to do in all
 
 
 def report_console() -> Any:
-    """A console of rich for tables: as wide as the terminal, or 160 columns in a pipe or file."""
+    """A console of rich for tables: as wide as the terminal, or 200 columns in a pipe or file."""
     from rich.console import Console
 
-    return Console(width=None if Console().is_terminal else 160, highlight=False)
+    return Console(width=None if Console().is_terminal else 200, highlight=False)
 
 
 @contextmanager

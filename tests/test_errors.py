@@ -28,7 +28,7 @@ BRANCHES = [
 
 @pytest.fixture(scope="module")
 def table() -> dict[str, list[str]]:
-    """Rows of the table by code: exit code, cause, mend."""
+    """Rows of the table by code: exit code, cause, fix."""
     rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", (ROOT / "docs" / "errors.md").read_text(), re.M)
     assert len({code for code, _ in rows}) == len(rows), "a code has two rows"
     return {code: row.split(" | ") for code, row in rows}

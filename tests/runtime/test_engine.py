@@ -17,7 +17,7 @@ from scipy import sparse
 
 from helpers import relative_l2
 from stpath_runtime import Context, Engine, InputError, Slide, read_slide
-from stpath_runtime.encoding import decoder, encoder, tiles
+from stpath_runtime.encoding import encoder
 from stpath_runtime.encoding.attention import Attention, Spots, keys_of
 from stpath_runtime.errors import InputWarning
 from stpath_train.inputs import slide_inputs
@@ -94,7 +94,7 @@ def test_progress_counts_up_to_the_whole(engine, slide, monkeypatch):
     assert len(seen) > 4
     assert seen[-1][0] == seen[-1][1]
     seen.clear()
-    monkeypatch.setattr(decoder, "GENES_AT_ONCE", 30)
+    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 30)
     engine.decode(np.zeros((100, 64), np.float32), on_tile=lambda done, total: seen.append((done, total)))
     assert len(seen) == 7
     assert seen[-1] == (100 * 200, 100 * 200)
@@ -104,8 +104,8 @@ def test_head_decodes_the_genes_asked_for_in_tiles(engine, slide, monkeypatch):
     embedding = engine.embed(slide)
     everything = engine.decode(embedding)
     assert everything.shape == (len(slide), 200)
-    monkeypatch.setattr(decoder, "GENES_AT_ONCE", 7)
-    monkeypatch.setattr(tiles, "MOST_BYTES", 200)
+    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 7)
+    monkeypatch.setattr(encoder, "MOST_BYTES", 200)
     names = ["GENE5", "ALIAS3", "ENSG00000000199.2", "GENE0"] + [f"GENE{i}" for i in range(10, 30)]
     panel = engine.decode(embedding, names)
     columns = [5, 3, 199, 0, *range(10, 30)]

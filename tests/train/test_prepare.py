@@ -359,7 +359,7 @@ def test_a_slide_that_fails_stops_no_other(tmp_path, run):
     assert summary.failed["zwide"].code == "features"
     written = pd.read_csv(tmp_path / "store" / "failures.csv", index_col="slide")
     assert {slide: tuple(row) for slide, row in zip(written.index, written.to_numpy(), strict=True)} == summary.failed
-    for name in faults:  # what is mended, or gone, is no failure of the next run
+    for name in faults:  # what is fixed, or gone, is no failure of the next run
         (folder / "st" / f"z{name}.h5ad").unlink()
     write_h5ad(tables["INT1"], folder / "st" / "zzero.h5ad")
     again = run()

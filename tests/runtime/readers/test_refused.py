@@ -31,7 +31,7 @@ from readers_helpers import (
 )
 
 from stpath_runtime import InputError, read_slide
-from stpath_runtime.readers import checks, read_context
+from stpath_runtime.readers import read_context, sources
 
 
 @pytest.fixture(autouse=True)
@@ -199,7 +199,7 @@ def test_arrays_of_zarr_that_declare_what_they_do_not_store(changes, tmp_path):
 
 @pytest.mark.parametrize("codec", ["zstd", "sharding"])
 def test_arrays_of_many_chunks_are_read(codec, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "MANY_CHUNKS", 100)
+    monkeypatch.setattr(sources, "MANY_CHUNKS", 100)
     features = np.random.default_rng(0).standard_normal((300, 2), np.float32)
     adata = AnnData(features)
     adata.obsm["spatial"] = np.arange(600).reshape(-1, 2)

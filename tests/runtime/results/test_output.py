@@ -16,7 +16,7 @@ import zarr
 from helpers import write_slide
 from stpath_runtime import Context, Engine, InputError
 from stpath_runtime.cli.app import main
-from stpath_runtime.encoding import decoder, tiles
+from stpath_runtime.encoding import encoder
 from stpath_runtime.files import remove, written_whole
 from stpath_runtime.results.output import Format, is_prediction
 from stpath_runtime.results.targets import sized
@@ -49,8 +49,8 @@ def form(request) -> Format:
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_every_format_holds_what_predict_returns(engine, slide, form, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(decoder, "GENES_AT_ONCE", 64)  # 4 x 3 tiles
-    monkeypatch.setattr(tiles, "MOST_BYTES", 1024)
+    monkeypatch.setattr(encoder, "GENES_AT_ONCE", 64)  # 4 x 3 tiles
+    monkeypatch.setattr(encoder, "MOST_BYTES", 1024)
     expected = engine.predict(slide, embeddings=True)
     seen = []
     path = tmp_path / f"p{SUFFIX[form]}"
@@ -158,11 +158,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, resource.RLIM_INFINITY))
 """
 KILLED = """
 import os, signal
-from stpath_runtime.encoding import decoder
+from stpath_runtime.encoding import encoder
 from stpath_runtime.results import prediction
-tiles = decoder.decode
+tiles = encoder.decode
 def decode(*given):
-    decoder.GENES_AT_ONCE = 64
+    encoder.GENES_AT_ONCE = 64
     for i, tile in enumerate(tiles(*given)):
         if i == 2:
             os.kill(os.getpid(), signal.SIGKILL)
