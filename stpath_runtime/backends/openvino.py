@@ -46,6 +46,7 @@ STEPS = 2.0**24  # in one unit of normalised coordinates: 100 of them are below 
 SUBTRACTIONS = 2  # of positions, along x and along y, in a block
 IN_FLOAT32 = ("head",)  # whatever the precision
 NOT_CACHED = ("head", "tokens")  # one table of all genes each: read back no faster than compiled, and 80 MB
+OLDEST = (2026, 3)  # 2026.2 gives wrong numbers of ONNX Attention, without an error; 2026.0 does not know it
 DIGEST = 32  # bytes of SHA-256 before a cached graph
 _STARTING = threading.Lock()
 
@@ -255,6 +256,11 @@ def _import_openvino() -> Any:
         import openvino
     except ImportError as error:
         raise InstallError("OpenVINO is not installed; run: pip install 'stpath-engine[openvino]'") from error
+    if tuple(int(part) for part in openvino.__version__.split(".")[:2]) < OLDEST:
+        raise InstallError(
+            f"OpenVINO {openvino.__version__} computes attention wrong or not at all; run: pip install 'openvino>="
+            f"{OLDEST[0]}.{OLDEST[1]}'"
+        )
     return openvino
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import openvino
 import pytest
 import torch
 
@@ -180,6 +181,13 @@ def test_a_cpu_without_bfloat16_is_refused_and_never_given_float32(own, monkeypa
 def test_openvino_that_is_not_installed(own, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(InputError, match=r"OpenVINO is not installed; run: pip install 'stpath-engine\[openvino\]'"):
+        Engine.load(own, backend="openvino")
+
+
+@pytest.mark.parametrize("version", ["2026.2.1-21919-bd3e1d9d5a1", "2025.4.0"])
+def test_openvino_that_computes_attention_wrong_is_refused(version, own, monkeypatch):
+    monkeypatch.setattr(openvino, "__version__", version)
+    with pytest.raises(InputError, match=rf"OpenVINO {version} computes .*pip install 'openvino>=2026.3'"):
         Engine.load(own, backend="openvino")
 
 
