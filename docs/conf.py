@@ -50,6 +50,7 @@ napoleon_google_docstring = False
 NumpyDocstring._parse_attribute_docstring = NumpyDocstring._consume_to_end  # else what stands before a colon is a type
 nitpicky = True
 nitpick_ignore_regex = [
+    ("py:class", r"stpath_runtime\.slides\.context\.ContextRows"),  # what a Context is made into; made by it alone
     ("py:obj", ".*"),  # code that is no object of this documentation
     ("py:(class|data)", r"(?!stpath_).*"),  # other libraries' types: their documentation is not fetched
 ]

@@ -49,10 +49,11 @@ def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
     if len(points) == 0:
         return np.empty((0, 0), np.int64)
     # Spots at one place have the same neighbours, which are found once: [M, 2] places, and the place of each spot.
-    places, place = np.unique(points, axis=0, return_inverse=True)
-    place = place.reshape(-1)
-    spots = np.argsort(place, kind="stable")  # place after place, in each by index
-    start = np.searchsorted(place[spots], np.arange(len(places) + 1))
+    spots = np.lexsort(points.T)  # place after place, in each by index
+    first = np.append(True, (points[spots[1:]] != points[spots[:-1]]).any(axis=1))  # of its place
+    places, start = points[spots[first]], np.append(np.flatnonzero(first), len(points))
+    place = np.empty(len(points), np.int64)
+    place[spots] = np.cumsum(first) - 1
     tree, neighbors = KDTree(places), np.empty((len(places), k), np.int64)
     waiting = [(np.arange(len(places)), k + PAD_KEYS)]  # rows, and how many places to look at
     while waiting:
@@ -95,12 +96,13 @@ def _nearest_of_some(
     complete = (group[:, -1] > last_group[:, 0]) | (ask == tree.n)
     row, column = np.nonzero(complete[:, None] & (group <= last_group))
     place = near[row, column]
-    # Of a place, no more than the k first spots by index can be among the nearest.
-    of_place = np.minimum(counts[place], k)
-    offset = np.arange(of_place.sum()) - np.repeat(np.cumsum(of_place) - of_place, of_place)
-    spot = spots[np.repeat(start[place], of_place) + offset]
-    key = np.repeat(row * ask + group[row, column], of_place) * len(spots) + spot
-    key.sort()  # by row, then by distance, then by index
+    key, spot = (row * ask + group[row, column]) * len(spots), start[place]
+    if tree.n < len(spots):  # of a place, no more than the k first spots by index can be among the nearest
+        of_place = np.minimum(counts[place], k)
+        offset = np.arange(of_place.sum()) - np.repeat(np.cumsum(of_place) - of_place, of_place)
+        key, spot = np.repeat(key, of_place), np.repeat(spot, of_place) + offset
+    key += spots[spot]
+    key.sort(kind="stable")  # by row, then by distance, then by index; nearly sorted, but for ties
     first = np.searchsorted(key, np.flatnonzero(complete) * ask * len(spots))  # of each row
     neighbors[rows[complete]] = key[first[:, None] + np.arange(k)] % len(spots)
     return complete
