@@ -1,4 +1,4 @@
-"""The commands `stpath export`, `stpath verify` and `stpath demo`; torch is imported when one runs."""
+"""The commands `export`, `export-encoder`, `verify` and `demo` of `stpath`; torch is imported when one runs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stpath_train.model import STPath
 
 LIBRARIES = ("torch", "torch_geometric", "onnx", "onnxscript", "safetensors")
+ENCODER_LIBRARIES = ("torch", "timm", "torchvision", "onnx_ir", "onnxscript", "onnxruntime", "safetensors")
 
 
 class Precision(StrEnum):
@@ -49,6 +50,45 @@ def export(
     typer.echo(
         f"{out}: {precision.value}, {len(report['cases'])} comparisons with float64 passed, relative L2 <= {worst:.1e}"
     )
+
+
+def export_encoder(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="gigapath, uni, uni2-h, h-optimus-0, h-optimus-1, virchow2, h0-mini, hf-hub:OWNER/NAME, or a folder "
+            "as the Hub has it.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="ENCODER", help="The folder to write.")],
+    precision: Annotated[Precision, typer.Option(help="Type of products and attention.")] = Precision.FP32,
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ENGINE", help="An STPath engine: what the precision changes in its predicted expression."
+        ),
+    ] = None,
+) -> None:
+    """Export a tile encoder of timm as an engine, and prove its parity before it is published."""
+    require(ENCODER_LIBRARIES, "features,export")
+    from stpath_runtime.engine import Engine
+
+    from .encoders.exporter import export_encoder as run
+
+    loaded = Engine.load(engine) if engine is not None else None
+    with progress_bar(f"export {model}") as on_step:
+        manifest = run(model, out, precision.value, loaded, on_step)
+    report = manifest.parity
+    last = report["parts"][-1]
+    typer.echo(
+        f"{out}: {manifest.encoder}, {precision.value}, {manifest.width:,} features of {manifest.size} x "
+        f"{manifest.size} pixels; {len(report['parts'])} parts against float64 passed, features "
+        f"{last['relative_l2']:.1e} (bar {last['bar_l2']:.1e})"
+    )
+    if (change := report.get("expression")) is not None:
+        r = "-" if change["pearson_min"] is None else f"{change['pearson_min']:.5f}"
+        typer.echo(f"expression by {engine}: relative L2 {change['relative_l2']:.1e}, lowest Pearson of a gene {r}")
 
 
 def verify(

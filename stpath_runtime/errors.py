@@ -44,6 +44,12 @@ class SlideError(InputError):
     code = "slide"
 
 
+class ImageError(InputError):
+    """A slide image cannot be read, says no scale, or shows no tissue where it is looked for."""
+
+    code = "image"
+
+
 class FeaturesError(InputError):
     """Features do not have the width that the model or the store expects: another tile encoder made them."""
 

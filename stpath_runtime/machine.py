@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,6 +127,14 @@ def cpu_features() -> list[str]:
     lines = path.read_text().splitlines() if path.exists() else []
     flags = {word for line in lines if line.startswith("flags") for word in line.split()}
     return [feature for feature in CPU_FEATURES if feature in flags]
+
+
+def cpu_name() -> str:
+    """The CPU's name."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def nvidia_gpus() -> list[str]:

@@ -1,11 +1,12 @@
-"""engine.json, the manifest of an engine directory, and the check that the files still match it."""
+"""The manifests of engines (engine.json) and of tile encoders (encoder.json), and the check that files match them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import EngineError
 from .files import sha256
@@ -13,6 +14,8 @@ from .records import record
 
 SCHEMA = 2  # 2: the graphs of global attention mask keys that pad, and gene rows are picked in the graph
 MANIFEST = "engine.json"
+ENCODER_SCHEMA, ENCODER_MANIFEST = 1, "encoder.json"
+ENCODER_GRAPH = "encoder"
 WEIGHTS = "weights.bin"
 GENES = "genes.tsv.gz"
 ATTENTIONS = ("global", "knn")
@@ -63,30 +66,7 @@ class Manifest:
         InputError
             If there is no engine, its manifest is damaged, or it has another schema than this version reads.
         """
-        path = directory / MANIFEST
-        if not path.is_file():
-            why = "no such folder" if not directory.exists() else f"it is a folder without {MANIFEST}"
-            why = why if directory.is_dir() or not directory.exists() else "it is a file; give its folder"
-            raise EngineError(
-                f"{directory}: not an engine ({why}); make one with: stpath export CHECKPOINT --out ENGINE"
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise EngineError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
-        schema = content.get("schema") if isinstance(content, dict) else None
-        if type(schema) is int and schema > 0 and schema != SCHEMA:
-            age, upgrade = ("newer", "upgrade stpath-engine, or ") if schema > SCHEMA else ("older", "")
-            raise EngineError(
-                f"{path}: schema {schema} is {age} than {SCHEMA}, which this version reads; {upgrade}export the engine "
-                "again with this version"
-            )
-        try:
-            manifest = record(cls, content)
-            manifest.check()
-        except ValueError as error:
-            raise EngineError(f"{path}: damaged engine manifest ({error}); export the engine again") from error
-        return manifest
+        return _read(cls, directory, MANIFEST, SCHEMA, "make one with: stpath export CHECKPOINT --out ENGINE")
 
     def check(self) -> None:
         """Check the values beyond their types: a damaged engine must not run.
@@ -107,8 +87,6 @@ class Manifest:
             raise ValueError(f"model.attention is {model.attention!r}, not {' or '.join(ATTENTIONS)}")
         if (model.neighbors > 0) != (model.attention == "knn") or model.neighbors < 0:
             raise ValueError(f"model.neighbors is {model.neighbors} for {model.attention} attention")
-        if self.schema != SCHEMA:
-            raise ValueError(f"schema is {self.schema}, not {SCHEMA}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}, not {', '.join(PRECISIONS)}")
         if missing := sorted({"name", "sha256"} - set(self.checkpoint)):
@@ -126,15 +104,158 @@ class Manifest:
         InputError
             If a file is missing, truncated or altered.
         """
-        for name, expected in self.files.items():
-            path = directory / name
-            if not path.is_file():
-                raise EngineError(f"{path}: missing from the engine; copy it again or export the engine again")
-            if sha256(path) != expected:
-                raise EngineError(
-                    f"{path}: truncated or altered (its SHA-256 is not the one in {MANIFEST}); "
-                    "copy it again or export the engine again"
-                )
+        _check_files(self.files, directory, MANIFEST)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The piece of tissue that a tile shows."""
+
+    microns_a_pixel: float
+    microns: float  #: of a side
+
+
+@dataclass(frozen=True)
+class EncoderManifest:
+    """The contents of encoder.json: a tile encoder, uint8 RGB tiles [N, size, size, 3] in, features [N, width] out."""
+
+    schema: int
+    encoder: str  #: its name: one that is known, of the Hub, or of its folder
+    architecture: str  #: of timm
+    precision: str  #: "fp32", "fp16" or "bf16": the type of products and attention; norms and residual are float32
+    opset: int
+    size: int  #: pixels of a side of a tile
+    width: int  #: features of a tile
+    depth: int  #: blocks
+    pooling: str  #: "token", "mean" or "token and mean"
+    operations: float  #: of a tile: twice its multiplications
+    activations: int  #: numbers that a tile takes while it runs
+    trained: Scale | None  #: what the encoder was trained on, where it is known
+    wanted: Scale  #: what STPath wants its tiles to show
+    mean: tuple[float, ...]  #: of each colour, of values from 0 to 1
+    std: tuple[float, ...]
+    licence: str  #: as the Hub states it
+    weights: dict[str, str]  #: name and sha256 of the file
+    created: str  #: ISO 8601, UTC
+    files: dict[str, str]  #: path in the directory -> sha256
+    versions: dict[str, str]  #: library -> version
+    parity: dict[str, Any]  #: the proof, as stpath_export.encoders.proof writes it
+
+    def write(self, directory: Path) -> None:
+        """Write encoder.json."""
+        (directory / ENCODER_MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> EncoderManifest:
+        """Read encoder.json.
+
+        Raises
+        ------
+        InputError
+            If there is no encoder, its manifest is damaged, or it has another schema than this version reads.
+        """
+        fix = "make one with: stpath export-encoder MODEL --out ENCODER"
+        return _read(cls, directory, ENCODER_MANIFEST, ENCODER_SCHEMA, fix)
+
+    def check(self) -> None:
+        """Check the values beyond their types: a damaged encoder must not run.
+
+        Raises
+        ------
+        ValueError
+            If a field has a value that it cannot have; the message names it.
+        """
+        for name in ("size", "width", "depth", "operations", "activations"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, not above 0")
+        for name, scale in (("trained", self.trained), ("wanted", self.wanted)):
+            if scale is not None and min(scale.microns, scale.microns_a_pixel) <= 0:
+                raise ValueError(f"{name} is {scale}, not above 0")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError("mean and std are not of three colours")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}, not {', '.join(PRECISIONS)}")
+        if missing := sorted({WEIGHTS, f"{ENCODER_GRAPH}.onnx"} - set(self.files)):
+            raise ValueError(f"files names no {missing[0]}")
+        if self.parity.get("passed", True) is not True:
+            raise ValueError("its proof of parity did not pass")
+
+    def check_files(self, directory: Path) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises
+        ------
+        InputError
+            If a file is missing, truncated or altered.
+        """
+        _check_files(self.files, directory, ENCODER_MANIFEST)
+
+
+def is_encoder(directory: Path) -> bool:
+    """Whether a folder is a tile encoder's, not an STPath engine's."""
+    return (directory / ENCODER_MANIFEST).is_file() and not (directory / MANIFEST).is_file()
+
+
+def manifest_path(directory: Path) -> Path:
+    """The manifest in a folder of an engine or of a tile encoder."""
+    return directory / (ENCODER_MANIFEST if is_encoder(directory) else MANIFEST)
+
+
+def read_manifest(directory: Path) -> Manifest | EncoderManifest:
+    """The manifest of an engine or of a tile encoder.
+
+    Raises
+    ------
+    InputError
+        If it is neither, or its manifest is damaged or of another schema.
+    """
+    return EncoderManifest.read(directory) if is_encoder(directory) else Manifest.read(directory)
+
+
+T = TypeVar("T", Manifest, EncoderManifest)
+
+
+def _read(cls: type[T], directory: Path, name: str, known_schema: int, fix: str) -> T:
+    """Read a manifest, and check its schema, types and values."""
+    path, what = directory / name, "engine" if name == MANIFEST else "encoder"
+    again = f"export the {what} again"
+    if not path.is_file():
+        why = "no such folder" if not directory.exists() else f"it is a folder without {name}"
+        why = why if directory.is_dir() or not directory.exists() else "it is a file; give its folder"
+        raise EngineError(f"{directory}: not an {what} ({why}); {fix}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{path}: damaged {what} manifest ({error}); {again}") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if type(schema) is int and schema > 0 and schema != known_schema:
+        age, upgrade = ("newer", "upgrade stpath-engine, or ") if schema > known_schema else ("older", "")
+        raise EngineError(
+            f"{path}: schema {schema} is {age} than {known_schema}, which this version reads; {upgrade}{again} "
+            "with this version"
+        )
+    try:
+        manifest = record(cls, content)
+        if manifest.schema != known_schema:
+            raise ValueError(f"schema is {manifest.schema}, not {known_schema}")
+        manifest.check()
+    except ValueError as error:
+        raise EngineError(f"{path}: damaged {what} manifest ({error}); {again}") from error
+    return manifest
+
+
+def _check_files(files: Mapping[str, str], directory: Path, manifest: str) -> None:
+    """Compare every file with its SHA-256."""
+    what = "engine" if manifest == MANIFEST else "encoder"
+    for name, expected in files.items():
+        path = directory / name
+        if not path.is_file():
+            raise EngineError(f"{path}: missing from the {what}; copy it again or export the {what} again")
+        if sha256(path) != expected:
+            raise EngineError(
+                f"{path}: truncated or altered (its SHA-256 is not the one in {manifest}); "
+                f"copy it again or export the {what} again"
+            )
 
 
 def graph_files(n_layers: int) -> list[str]:

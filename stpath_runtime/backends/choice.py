@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import BackendError, InputError
-from ..manifest import Manifest
+from ..manifest import read_manifest
 from . import BACKENDS, open_backend
 
 AUTO = "auto"
@@ -27,7 +27,7 @@ def choose_backend(engine: Path, device: str, precision: str | None) -> tuple[st
     InputError
         If no backend can run the engine so; the message says of each why not.
     """
-    manifest = Manifest.read(engine)
+    manifest = read_manifest(engine)
     what = f"{precision or manifest.precision} on {device}"
     against: list[str] = []
     for name in ORDER.get(device.partition(":")[0], BACKENDS):

@@ -34,7 +34,7 @@ from ..encoding.sizes import MOST_ROWS
 from ..errors import BackendError, DeviceError, InstallError, OutputError
 from ..files import link_or_copy, written_whole
 from ..machine import available_on_host
-from ..manifest import MANIFEST, WEIGHTS
+from ..manifest import ENCODER_GRAPH, WEIGHTS, manifest_path
 from .workspace import HostWorkspace, require_open
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ POSITIONS = ("coords", "key_coords")
 STEPS = 2.0**24  # in one unit of normalised coordinates: 100 of them are below 2^31
 SUBTRACTIONS = 2  # of positions, along x and along y, in a block
 IN_FLOAT32 = ("head",)  # whatever the precision
-NOT_CACHED = ("head", "tokens")  # one table of all genes each: read back no faster than compiled, and 80 MB
+# One table of all genes each, or gigabytes of a tile encoder: read back no faster than compiled.
+NOT_CACHED = ("head", "tokens", ENCODER_GRAPH)
 OLDEST = (2026, 3)  # 2026.2 gives wrong numbers of ONNX Attention, without an error; 2026.0 does not know it
 DIGEST = 32  # bytes of SHA-256 before a cached graph
 _STARTING = threading.Lock()
@@ -197,7 +198,7 @@ class OpenVinoBackend:
             return None
         cpu = (self._core.get_property("CPU", "FULL_DEVICE_NAME"), *self.capabilities(), os.cpu_count())
         facts = (cpu, self._precision, *options.items(), hashlib.sha256(Path(__file__).read_bytes()).hexdigest())
-        key = hashlib.sha256(repr(facts).encode() + (self._engine / MANIFEST).read_bytes()).hexdigest()[:16]
+        key = hashlib.sha256(repr(facts).encode() + manifest_path(self._engine).read_bytes()).hexdigest()[:16]
         version = self._ov.__version__.split("-")[0]
         return self._engine / "cache" / f"openvino-{version}" / f"{graph}.{self._precision}.{key}"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError, OptionError, PlanError
 from ..files import require_writable, written_whole
-from ..manifest import WEIGHTS, Manifest
+from ..manifest import WEIGHTS, EncoderManifest, Manifest, read_manifest
 from ..progress import OnTile
 from .cuda import Gpu
 from .plans import (
@@ -33,11 +33,10 @@ from .plans import (
     Range,
     check_plans,
     import_tensorrt,
-    input_ranges,
     last_error,
+    planned,
     plans_folder,
     quiet_logger,
-    stage_graphs,
 )
 
 STEPS = 100  # of progress, for a graph
@@ -53,7 +52,7 @@ class Build:
     """What is to be built, checked; make one with `Build.of`."""
 
     engine: Path
-    manifest: Manifest
+    manifest: Manifest | EncoderManifest
     trt: ModuleType
     library: str
     target: str
@@ -83,8 +82,8 @@ class Build:
         """
         if library not in LIBRARIES:
             raise OptionError(f"--backend {library}: no plans are built for it; give {' or '.join(LIBRARIES)}")
-        manifest = Manifest.read(engine)
-        ranges = {graph: input_ranges(graph, manifest.model, max_spots) for graph in stage_graphs(manifest.model)}
+        manifest = read_manifest(engine)
+        ranges = planned(manifest, max_spots)
         manifest.check_files(engine)
         trt = import_tensorrt(library)
         chosen, gpu = _target(trt, library, device, target)

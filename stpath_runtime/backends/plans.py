@@ -20,7 +20,7 @@ from typing import Any
 from ..encoding.sizes import BLOCK, DECODED_ROWS, GENES_AT_ONCE, MOST_ELEMENTS, MOST_ROWS, PAD_KEYS, USUAL_KEYS
 from ..errors import InstallError, OptionError, PlanError
 from ..files import sha256
-from ..manifest import WEIGHTS, Manifest, ModelConfig, graph_files
+from ..manifest import ENCODER_GRAPH, WEIGHTS, EncoderManifest, Manifest, ModelConfig, graph_files, read_manifest
 from ..records import record
 
 SCHEMA = 1
@@ -37,6 +37,7 @@ INSTALL = {
 USUAL_SPOTS = 4_992  # of a Visium slide
 USUAL_GENES, USUAL_DECODED = 8_192, 2_048  # of a tile of all genes
 USUAL_CONTEXT = 1_000  # genes
+USUAL_TILES, MOST_TILES = 64, 256  # of a batch of a tile encoder
 
 Axis = int | tuple[int, int, int]  # fixed, or the least, usual and largest size
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # the least, usual and largest shape
@@ -138,6 +139,20 @@ def stage_graphs(model: ModelConfig) -> list[str]:
     """The graphs that plans are built from: the stages, not the fused ones, which hold all scores at once."""
     names = [name.removesuffix(".onnx") for name in graph_files(model.n_layers)]
     return [name for name in names if not name.startswith("fused")]
+
+
+def planned(manifest: Manifest | EncoderManifest, max_spots: int) -> dict[str, dict[str, Range]]:
+    """The graphs that plans are built from, and the shapes of their inputs.
+
+    Raises
+    ------
+    InputError
+        As `input_ranges`.
+    """
+    if isinstance(manifest, EncoderManifest):
+        size = manifest.size
+        return {ENCODER_GRAPH: {"tiles": _range(((1, USUAL_TILES, MOST_TILES), size, size, 3))}}
+    return {graph: input_ranges(graph, manifest.model, max_spots) for graph in stage_graphs(manifest.model)}
 
 
 def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Range]:
@@ -242,9 +257,9 @@ def check_plans(engine: Path, library: str, version: str, target: str, fix: str)
 
 def _check_sources(engine: Path, folder: Path, plans: Plans, fix: str) -> None:
     """Compare what the plans were built from with the engine's manifest."""
-    manifest = Manifest.read(engine)
+    manifest = read_manifest(engine)
     built = {f"{graph}.onnx": plan.onnx for graph, plan in plans.plans.items()} | {WEIGHTS: plans.weights}
-    for name in (WEIGHTS, *(f"{graph}.onnx" for graph in stage_graphs(manifest.model))):
+    for name in (WEIGHTS, *(f"{graph}.onnx" for graph in planned(manifest, 1))):
         theirs, ours = str(built.get(name)), manifest.files[name]
         if theirs != ours:
             raise PlanError(

@@ -35,7 +35,14 @@ COMMANDS = {
     MEASURE: (doctor, fidelity),
     MAKE: (build, triton),
 }
-GROUP_OF = {"demo": PREDICT, "verify": MEASURE, "evaluate": MEASURE, "export": MAKE, "features": MAKE}  # others: TRAIN
+GROUP_OF = {
+    "demo": PREDICT,
+    "verify": MEASURE,
+    "evaluate": MEASURE,
+    "export": MAKE,
+    "export-encoder": MAKE,
+    "features": MAKE,
+}  # others: TRAIN
 
 app = typer.Typer(
     help="Predict the expression of 38,982 genes at every spot of a pathology slide, with STPath engines.",

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import ContextError, FileError, InputError
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ContextError, FileError, InputError, SlideError
 from ..slides.context import Context
 from ..slides.slide import Slide
-from .elements import read_anndata, read_matrix, read_names, require_groups
+from .elements import dense, read_anndata, read_labels, read_matrix, read_names, require_groups
 from .hdf5 import BARCODES, open_hdf5, read_features
 from .sources import Source, is_anndata, reading, width_of
 from .spatial import is_spatialdata, read_spatialdata, widths
 from .zarrs import ROOTS, ZarrSource, open_zarr
 
-__all__ = ["BARCODES", "opened", "read_context", "read_slide"]
+__all__ = ["BARCODES", "opened", "read_context", "read_slide", "read_spots"]
 
 
 def read_slide(
@@ -107,6 +110,31 @@ def read_context(path: str | Path) -> Context:
     if counts is None:
         raise ContextError(f"{path}: holds no X; expected raw counts there")
     return Context(ids=list(spots), counts=counts, genes=list(genes))
+
+
+def read_spots(
+    path: str | Path, column: str | None = None
+) -> tuple[npt.NDArray[np.float64], list[str], list[str] | None]:
+    """Read where the spots of an AnnData are, [N, 2], their names, and what a column of obs says of each.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, damaged or no AnnData, or has no such coordinates or column.
+    """
+    with opened(Path(path), "spots") as source:
+        _require_anndata(source, "spots")
+        require_groups(source)
+        if "spatial" not in source.names("obsm"):
+            raise SlideError(f"{path}: no coordinates; expected obsm['spatial'], found: {source.listed('obsm')}")
+        coords = np.asarray(dense(source, "obsm/spatial"), np.float64)
+        names = [str(name) for name in read_names(source, "obs")]
+        sections = read_labels(source, column) if column is not None else None
+    if coords.ndim != 2 or coords.shape[1] != 2 or len(coords) != len(names) or not np.isfinite(coords).all():
+        raise SlideError(
+            f"{path}: obsm['spatial'] is {list(coords.shape)} for {len(names):,} spots; expected finite [N, 2]"
+        )
+    return coords, names, sections
 
 
 def _require_anndata(source: Source, what: str) -> None:

@@ -110,3 +110,22 @@ def read_names(source: Source, table: str) -> npt.NDArray[Any]:
     raise FileError(
         f"{source.path}: {table!r} is not a table with an index of names; write it with anndata 0.8 or newer"
     )
+
+
+def read_labels(source: Source, column: str) -> list[str]:
+    """What a column of obs says of each row, [N], as text.
+
+    Raises
+    ------
+    InputError
+        If there is no such column, it is not of words or whole numbers, or a row has none.
+    """
+    if column not in source.names("obs"):
+        near = nearest_names(column, source.names("obs"))
+        raise SlideError(f"{source.path}: no column {column!r} in obs{near}; it holds: {source.listed('obs')}")
+    values = np.asarray(source.read(f"obs/{column}"), object).ravel()
+    if not all(isinstance(value, str | bytes | int | np.integer | np.bool_) for value in values):
+        raise SlideError(
+            f"{source.path}: obs[{column!r}] does not name a section of each spot; give words, none missing"
+        )
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]

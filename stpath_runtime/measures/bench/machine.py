@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ...machine import cpu_features, installed, memory_of_host, nvidia_gpus
+from ...machine import cpu_features, cpu_name, installed, memory_of_host, nvidia_gpus
 
 LIBRARIES = (
     *("stpath-engine", "numpy", "scipy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt"),
@@ -19,7 +19,7 @@ LIBRARIES = (
 def machine() -> dict[str, Any]:
     """The CPU, cores that this process may use, memory and GPUs."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "features": cpu_features(),
         "memory_bytes": memory_of_host(),
@@ -46,10 +46,3 @@ def commit() -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

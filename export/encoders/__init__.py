@@ -1,0 +1,1 @@
+"""Tile encoders as engines: timm's vision transformer -> folded graph -> proof -> folder."""

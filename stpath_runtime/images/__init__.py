@@ -1,0 +1,1 @@
+"""Slide images: read where they lie, cut into tiles of tissue, and encoded into features."""
