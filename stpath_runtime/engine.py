@@ -22,7 +22,7 @@ from .progress import OnTile
 from .readers import keys_of_width
 from .results.prediction import EMBEDDING, Prediction, new_frame, provenance
 from .slides.context import Context, ContextRows
-from .slides.slide import Slide
+from .slides.slide import Slide, by_section
 from .slides.vocabulary import GeneVocabulary
 
 if TYPE_CHECKING:
@@ -242,9 +242,8 @@ class Engine:
             check_slide(slide, self.manifest)
             rows.append(context.resolve(slide, self.vocabulary) if isinstance(context, Context) else context)
         predictions = []
-        for slide, measured, embedding in zip(
-            slides, rows, self._embed(slides, rows, chosen, memory, on_tile), strict=True
-        ):
+        embeddings_of = self._embed_sections(slides, rows, chosen, memory, on_tile)
+        for slide, measured, embedding in zip(slides, rows, embeddings_of, strict=True):
             facts = provenance(slide, self.hash(), self.manifest, self.backend, self.precision, chosen)
             facts |= {"context_filled": fill_context and measured is not None}
             frame = new_frame(slide, panel.names, panel.gene_ids, facts, measured)
@@ -287,7 +286,7 @@ class Engine:
         chosen = self.attention(attention, neighbors)
         check_slide(slide, self.manifest)
         rows = context.resolve(slide, self.vocabulary) if context is not None else None
-        return self._embed([slide], [rows], chosen, memory, on_tile)[0]
+        return self._embed_sections([slide], [rows], chosen, memory, on_tile)[0]
 
     def decode(
         self, embedding: npt.NDArray[np.floating], genes: Sequence[str] | None = None, *, on_tile: OnTile | None = None
@@ -349,6 +348,26 @@ class Engine:
     def hash(self) -> str:
         """SHA-256 of the loaded manifest, which holds the hash of every file: it identifies the engine."""
         return self._digest
+
+    def _embed_sections(
+        self,
+        slides: Sequence[Slide],
+        contexts: Sequence[ContextRows | None],
+        attention: Attention,
+        memory: int | str | None,
+        on_tile: OnTile | None,
+    ) -> list[npt.NDArray[np.float32]]:
+        """Embeddings of slides: those without sections together, of others one section after the other."""
+        if all(slide.sections is None for slide in slides):
+            return self._embed(slides, contexts, attention, memory, on_tile)
+        found = []
+        for slide, context in zip(slides, contexts, strict=True):
+            embedding = np.empty((len(slide), self.manifest.model.d_model), np.float32)
+            for rows, section in by_section(slide):
+                measured = context.within(rows) if context is not None else None
+                (embedding[rows],) = self._embed([section], [measured], attention, memory, on_tile)
+            found.append(embedding)
+        return found
 
     def _embed(
         self,

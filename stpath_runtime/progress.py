@@ -28,17 +28,54 @@ def progress_bar(name: str) -> Iterator[OnTile | None]:
 
 
 @contextmanager
-def terminal_bars() -> Iterator[Any]:
-    """Progress bars of rich on a terminal; None in a pipe."""
+def tile_bars(slides: int) -> Iterator[Callable[[Any, int, int], None] | None]:
+    """Bars of the tiles of a slide and, of several, of all slides, with tiles a second; None in a pipe.
+
+    What it gives is called with a job, which has a source, and the number of its tiles done, and in all.
+    """
+    with terminal_bars("tiles") as bars:
+        if bars is None:
+            yield None
+            return
+        tasks: dict[Any, Any] = {}
+        whole = bars.add_task(f"{slides} slides", total=None) if slides > 1 else None
+        seen: dict[Any, tuple[int, int]] = {}
+
+        def tell(job: Any, done: int, total: int) -> None:
+            if job not in tasks:
+                tasks[job] = bars.add_task(job.source.name, total=total)
+            bars.update(tasks[job], completed=done, total=total)
+            seen[job] = (done, total)
+            if whole is not None:
+                # Slides that are not opened yet are taken to have as many tiles as the others on average.
+                known = sum(total for _, total in seen.values())
+                bars.update(whole, completed=sum(done for done, _ in seen.values()), total=known * slides / len(seen))
+
+        yield tell
+
+
+@contextmanager
+def terminal_bars(unit: str = "") -> Iterator[Any]:
+    """Progress bars of rich on a terminal, with a speed where a unit is given; None in a pipe."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        """Steps a second."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.1f} {unit}/s")
 
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -48,6 +85,7 @@ def terminal_bars() -> Iterator[Any]:
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
+        *([Speed()] if unit else []),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -1,4 +1,4 @@
-"""The commands `stpath data`, `stpath features`, `stpath train` and `stpath evaluate`.
+"""The commands `stpath data`, `stpath train` and `stpath evaluate`.
 
 The libraries that a command needs are imported when it runs.
 """
@@ -93,28 +93,6 @@ def download(
 
     ids = [slide.strip() for slide in slides.split(",") if slide.strip()]
     typer.echo(f"{run(name, out, slides=ids, patterns=pattern or [])}: downloaded")
-
-
-def features(
-    patches: Annotated[list[Path], typer.Argument(metavar="PATCHES.h5...", help="HEST patches files: img, coords.")],
-    out: Annotated[Path, typer.Option(metavar="PATH", help="A .h5 file for one slide, or a folder.")],
-    encoder: Annotated[str, typer.Option(help="gigapath, uni, or a model of timm.")] = "gigapath",
-    weights: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Its weights; left out: from the Hugging Face Hub.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Patches at once.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu or cuda:N.")] = "cpu",
-) -> None:
-    """Compute the features of patches with a tile encoder, or go on with it."""
-    require(("torch", "timm", "torchvision", "huggingface_hub", "safetensors"), "features")
-    from .features import extract, find_targets, load_encoder
-
-    targets = find_targets(patches, out)
-    loaded = load_encoder(encoder, weights, device)
-    for path, target in zip(patches, targets, strict=True):
-        with progress_bar(path.name) as on_batch:
-            spots = extract(path, target, loaded, batch_size, on_batch)
-        typer.echo(f"{target}: {spots:,} spots, {loaded.width:,} features")
 
 
 def train(

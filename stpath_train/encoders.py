@@ -146,6 +146,22 @@ class EncoderModel:
         mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.mean, self.std))
         return ((tiles.double() / 255 - mean) / std).permute(0, 3, 1, 2)
 
+    def whole(self) -> nn.Module:
+        """The model in float32, with all its weights, that gives features [n, F] of normalised tiles [n, 3, S, S]."""
+        import torch
+
+        class Whole(torch.nn.Module):
+            def __init__(self, encoder: EncoderModel) -> None:
+                super().__init__()
+                self.model, self._encoder = copy.deepcopy(encoder.model), encoder
+                state = {name: encoder.weights[name].float() for name in self.model.state_dict()}
+                self.model.load_state_dict(state, assign=True)
+
+            def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+                return self._encoder.pooled(self.model(tiles))
+
+        return Whole(self).eval()
+
     def parts(self, dtype: torch.dtype) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """The forward pass of timm in parts, with the weights of one at a time in memory, in a type.
 

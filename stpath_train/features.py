@@ -1,16 +1,12 @@
-"""Features of the patches of a slide, by a tile encoder of timm: HEST patches files in, features files out.
+"""The tile encoders of timm in PyTorch: what `stpath features` and `stpath predict` run where no engine is named.
 
-A patches file is as HEST-1k has them: `img` uint8 [N, H, W, 3] with H and W of 224 or more, `coords` [N, 2] and
-`barcode` [N, 1]. A features file is as STPath reads them: `embeddings` float32 [N, F], `coords`, `barcodes`, and
-attributes that say how they were computed.
+The reference of tile encoders' engines, and the way to encoders that are not exported.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,33 +14,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stpath_runtime.errors import (
-    DeviceError,
-    EncoderError,
-    FileError,
-    InstallError,
-    MemoryLimitError,
-    OutputError,
-    first_line,
-    warn,
-)
-from stpath_runtime.files import require_writable, sha256
-from stpath_runtime.progress import OnTile
-from stpath_runtime.readers import BARCODES
+from stpath_runtime.errors import DeviceError, EncoderError, MemoryLimitError, first_line
+from stpath_runtime.files import sha256
 from stpath_runtime.slides.vocabulary import nearest_names
 
 from .download import HUB, hub_errors
+from .encoders import HUB_PREFIXES, KNOWN, find_encoder, import_timm
 
 if TYPE_CHECKING:
-    import h5py
     import torch
     from torch import nn
 
 SIZE = 224  # pixels that an encoder sees
 PREPROCESSING = f"centre crop {SIZE}, no resizing, /255, normalised by mean and std"  # as STPath's features
 DTYPE = "float32"
+BATCH = 64  # tiles
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
-DONE = "done"  # rows that are computed, in a file that is not whole
+LIBRARIES = ("torch", "timm", "torchvision", "huggingface_hub", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -82,36 +68,47 @@ ENCODERS = {
 
 
 @dataclass(frozen=True, eq=False)
-class Encoder:
-    """A tile encoder, ready; make one with `load_encoder`."""
+class TimmEncoder:
+    """A tile encoder in PyTorch, ready; make one with `load_encoder`."""
 
     model: nn.Module
     device: torch.device
     mean: tuple[float, ...]  # of each colour, of values from 0 to 1
     std: tuple[float, ...]
+    name: str
     width: int  # F
     about: dict[str, str]  # name, weights and preprocessing, as a features file says them
+    size: int = SIZE
+    microns: float | None = None  # that a tile shows: not known, so as STPath wants it
 
-    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Features [n, F] of patches [n, H, W, 3], each axis of 224 pixels or more."""
+    def batch(self) -> int:
+        """Tiles at once."""
+        return BATCH
+
+    def __call__(self, tiles: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Features [n, F] of tiles [n, 224, 224, 3]."""
         import torch
         from torchvision.transforms import functional
 
-        with torch.inference_mode():
-            pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-            cropped = functional.center_crop(pixels, [SIZE, SIZE]).float() / 255
-            found = self.model(functional.normalize(cropped, list(self.mean), list(self.std)))
-            features: npt.NDArray[np.float32] = found.float().cpu().numpy()
+        try:
+            with torch.inference_mode():
+                pixels = torch.from_numpy(tiles).to(self.device).permute(0, 3, 1, 2).float() / 255
+                found = self.model(functional.normalize(pixels, list(self.mean), list(self.std)))
+                features: npt.NDArray[np.float32] = found.float().cpu().numpy()
+        except torch.OutOfMemoryError as error:
+            raise MemoryLimitError(
+                f"{self.device}: not enough memory; run again with a smaller --batch-size"
+            ) from error
         return features
 
 
-def load_encoder(name: str, weights: str | Path | None = None, device: str = "cpu") -> Encoder:
+def load_encoder(name: str, weights: str | Path | None = None, device: str = "cpu") -> TimmEncoder:
     """Load a tile encoder.
 
     Parameters
     ----------
     name
-        Of `ENCODERS`, or a model of timm, such as vit_small_patch16_224 or hf-hub:OWNER/NAME.
+        Of `stpath_train.encoders.KNOWN`, or a model of timm, such as vit_small_patch16_224 or hf-hub:OWNER/NAME.
     weights
         Its weights, .safetensors or a state_dict of PyTorch; left out: from the Hugging Face Hub.
     device
@@ -123,17 +120,33 @@ def load_encoder(name: str, weights: str | Path | None = None, device: str = "cp
         If there is no such encoder or device, its weights cannot be had or are of another model, or it takes no
         patches of 224 x 224 pixels.
     """
+    from .cli import require
+
+    require(LIBRARIES, "features")
     import torch
 
-    timm = _timm()
+    timm = import_timm()
     where = _device(device)
     published = ENCODERS.get(name)
-    if published is None and not timm.is_model(name) and not name.startswith(("hf-hub:", "hf_hub:")):
-        near = nearest_names(name, [*ENCODERS, *timm.list_models()])
-        raise EncoderError(f"unknown encoder {name!r}{near}; give {', '.join(ENCODERS)} or a model of timm")
-    model = (_from_file(name, Path(weights)) if weights is not None else _from_hub(name)).eval().to(where)
-    config = timm.data.resolve_model_data_config(model)
-    mean, std = IMAGENET if published is not None else (config["mean"], config["std"])
+    if name not in KNOWN and not timm.is_model(name) and not name.startswith(HUB_PREFIXES):
+        near = nearest_names(name, [*KNOWN, *timm.list_models()])
+        raise EncoderError(
+            f"unknown encoder {name!r}{near}; give the folder of an encoder's engine, {', '.join(KNOWN)}, or a model "
+            f"of "
+            "timm"
+        )
+    model: nn.Module
+    if name in KNOWN and published is None:
+        if weights is not None:
+            raise EncoderError(
+                f"--weights {weights}: of {name} give the folder as the Hub has it to stpath export-encoder"
+            )
+        found = find_encoder(name)
+        model, mean, std = found.whole().to(where), found.mean, found.std
+    else:
+        model = (_from_file(name, Path(weights)) if weights is not None else _from_hub(name)).eval().to(where)
+        config = timm.data.resolve_model_data_config(model)
+        mean, std = IMAGENET if published is not None else (config["mean"], config["std"])
     try:
         with torch.inference_mode():
             shape = model(torch.zeros(1, 3, SIZE, SIZE, device=where)).shape
@@ -147,191 +160,7 @@ def load_encoder(name: str, weights: str | Path | None = None, device: str = "cp
         "preprocessing": f"{PREPROCESSING} (mean {_shown(mean)}, std {_shown(std)})",
         "dtype": DTYPE,
     }
-    return Encoder(model, where, tuple(mean), tuple(std), shape[1], about)
-
-
-def extract(
-    patches: str | Path, out: str | Path, encoder: Encoder, batch_size: int = 64, on_batch: OnTile | None = None
-) -> int:
-    """Compute the features of a slide's patches, and write them; a run that was stopped goes on where it was.
-
-    Parameters
-    ----------
-    patches
-        A patches file.
-    out
-        The features file; it has its name only when it is whole. One that is there already, computed in the same way
-        from the same patches, is left as it is.
-    on_batch
-        Called with the number of patches done, and in all.
-
-    Returns
-    -------
-    int
-        The number of patches.
-
-    Raises
-    ------
-    InputError
-        If the patches file is at fault, `out` is something else, or memory is short.
-    """
-    import h5py
-    import torch
-
-    patches, out = Path(patches), Path(out)
-    about = {**encoder.about, "patches": _identity(patches)}
-    total = check_patches(patches)
-    if out.exists():
-        _require_same(out, about)
-        return total
-    require_writable(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    half = out.with_name(f".{out.name}.partial")
-    with h5py.File(patches, "r") as source:
-        if not _goes_on(half, about):
-            _begin(half, source, encoder.width, about)
-        try:
-            with h5py.File(half, "r+") as file:
-                for start in range(int(file[DONE][()]), total, batch_size):
-                    stop = min(start + batch_size, total)
-                    file["embeddings"][start:stop] = encoder(_images(source, start, stop, patches))
-                    file.flush()  # before the count of them: a kill leaves no row that is counted and not there
-                    file[DONE][()] = stop
-                    file.flush()
-                    if on_batch is not None:
-                        on_batch(stop, total)
-                del file[DONE]
-            half.replace(out)
-        except torch.OutOfMemoryError as error:
-            raise MemoryLimitError(
-                f"{encoder.device}: not enough memory; run again with a smaller --batch-size"
-            ) from error
-        except OSError as error:
-            raise OutputError(f"{out}: cannot be written ({error}); free some space, and run again") from error
-    return total
-
-
-def find_targets(patches: Sequence[Path], out: Path) -> list[Path]:
-    """The features file of each patches file, all of them checked: `out`, or NAME.h5 in the folder `out`.
-
-    Raises
-    ------
-    InputError
-        If a patches file is at fault, `out` is one file for several, or a target would overwrite one of them.
-    """
-    is_file = out.suffix == ".h5" and not out.is_dir()
-    if is_file and len(patches) > 1:
-        raise OutputError(f"--out {out}: one file for {len(patches)} patches files; give a folder")
-    if not is_file and out.exists() and not out.is_dir():
-        raise OutputError(f"--out {out}: a file is there; give a folder, or a name that ends in .h5")
-    targets = [out] if is_file else [out / f"{path.stem}.h5" for path in patches]
-    inputs = {path.resolve() for path in patches}
-    for i, (path, target) in enumerate(zip(patches, targets, strict=True)):
-        if target.resolve() in inputs:
-            raise OutputError(f"--out {out}: {target} would overwrite the patches; choose another folder")
-        if target in targets[:i]:
-            first = patches[targets.index(target)]
-            raise OutputError(f"{first} and {path} would both be written to {target}; run them into two folders")
-        check_patches(path)
-        require_writable(target)
-    return targets
-
-
-def check_patches(path: Path) -> int:
-    """The number of patches in a patches file.
-
-    Raises
-    ------
-    InputError
-        If it is missing, damaged or no patches file.
-    """
-    import h5py
-
-    if not path.is_file():
-        raise FileError(f"{path}: no such patches file")
-    try:
-        with h5py.File(path, "r") as file:
-            if "img" not in file or "coords" not in file:
-                held = ", ".join(sorted(file)) or "nothing"
-                raise FileError(f"{path}: not a patches file; expected datasets 'img' and 'coords', found: {held}")
-            images, rows = file["img"], {name: len(file[name]) for name in ("coords", *BARCODES) if name in file}
-            shape, dtype = images.shape, images.dtype
-    except (OSError, TypeError, AttributeError) as error:
-        raise FileError(f"{path}: cannot be read as HDF5 ({error}); download it again") from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape[1:3]) < SIZE or shape[0] == 0:
-        raise FileError(
-            f"{path}: img is {dtype} {list(shape)}; expected uint8 [N, H, W, 3], H and W of {SIZE} pixels or more"
-        )
-    for name, count in rows.items():
-        if count != shape[0]:
-            raise FileError(f"{path}: {shape[0]:,} images but {count:,} rows of {name!r}; download it again")
-    return int(shape[0])
-
-
-def _begin(half: Path, source: h5py.File, width: int, about: dict[str, str]) -> None:
-    import h5py
-    import timm
-
-    with h5py.File(half, "w") as file:
-        file.create_dataset("embeddings", (len(source["img"]), width), DTYPE)
-        file["coords"] = source["coords"][()]
-        for name in BARCODES:
-            if name in source and "barcodes" not in file:
-                file["barcodes"] = source[name][()]
-        file[DONE] = 0
-        file.attrs["timm"] = timm.__version__
-        file.attrs.update(about)
-
-
-def _goes_on(half: Path, about: dict[str, str]) -> bool:
-    """Whether a file of an earlier run can be continued."""
-    import h5py
-
-    found: dict[str, str] = {}
-    with suppress(OSError), h5py.File(half, "r") as file:  # it may be damaged, or not be there
-        found = dict(file.attrs) if DONE in file else {}
-    different = _differences(found, about)
-    if found and different:
-        warn(f"{half}: begun with other {different}; it starts over")
-    return bool(found) and not different
-
-
-def _require_same(out: Path, about: dict[str, str]) -> None:
-    import h5py
-
-    found: dict[str, str] = {}
-    with suppress(OSError), h5py.File(out, "r") as file:
-        found = dict(file.attrs)
-    if different := _differences(found, about):
-        raise OutputError(f"{out}: exists, and is of other {different}; choose another name, or delete it")
-
-
-def _differences(found: dict[str, str], about: dict[str, str]) -> str:
-    return ", ".join(name for name, value in about.items() if found.get(name) != value)
-
-
-def _identity(path: Path) -> str:
-    stat = path.stat() if path.is_file() else None
-    return json.dumps([path.name, stat.st_size, stat.st_mtime_ns] if stat else [path.name])
-
-
-def _images(source: h5py.File, start: int, stop: int, path: Path) -> npt.NDArray[np.uint8]:
-    try:
-        images: npt.NDArray[np.uint8] = source["img"][start:stop]
-    except OSError as error:
-        raise FileError(f"{path}: patches {start} to {stop} cannot be read ({error}); download it again") from error
-    return images
-
-
-def _timm() -> Any:
-    try:
-        import timm
-        import timm.data
-    except (ImportError, RuntimeError) as error:
-        raise InstallError(
-            f"timm cannot be loaded ({error}); install torch and torchvision of one build, both for CUDA or for CPU"
-        ) from error
-    return timm
+    return TimmEncoder(model, where, tuple(mean), tuple(std), name, shape[1], about)
 
 
 def _device(name: str) -> torch.device:
@@ -350,7 +179,7 @@ def _device(name: str) -> torch.device:
 
 
 def _hub_name(name: str) -> str:
-    return f"hf-hub:{ENCODERS[name].repo}" if name in ENCODERS else name
+    return f"hf-hub:{KNOWN[name].repo}" if name in KNOWN else name
 
 
 def _from_hub(name: str) -> nn.Module:

@@ -35,6 +35,8 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "torch_geometric": "torch_geometric",
     "yaml": "pyyaml",
+    "PIL": "pillow",
+    "openslide": "openslide-python",
     "onnx_ir": "onnx-ir",
 }
 OURS = {"stpath_runtime", "stpath_train", "stpath_export"}
@@ -48,6 +50,7 @@ NOT_IMPORTED = {
     "onnxscript": "torch.onnx writes through it",
     "tensorboard": "Lightning's logger, stpath_train.training",
     "igraph": "scanpy's Leiden",
+    "openslide-bin": "the library that openslide-python calls",
     "torchvision": "timm's preprocessing",
 }
 
@@ -77,7 +80,7 @@ def declared(*extras: str) -> set[str]:
     return named
 
 
-RUNTIME = ("cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "plot", "spatialdata", "remote", "ray")
+RUNTIME = ("wsi", "cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "plot", "spatialdata", "remote", "ray")
 
 
 def test_every_import_is_declared():

@@ -34,7 +34,7 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
         bf16 = (stored, precision or stored) == ("bf16", "bf16") and is_encoder(engine)  # whose graph OpenVINO reads
         if stored != "fp32" and not bf16:
             raise BackendError(
-                f"{engine}: an {stored} engine; the backend openvino takes fp32 ones, and rounds by itself: "
+                f"{engine}: an {stored} engine; the backend openvino takes fp32 engines only, and rounds by itself: "
                 "export one with --precision fp32, then give --precision bf16"
             )
         return OpenVinoBackend(engine, device, precision or stored)

@@ -20,7 +20,9 @@ import typer
 
 from .. import __version__
 from ..errors import INTERRUPTED, InputError, InputWarning, OptionError, ParityError, code_of
+from ..images.settings import PIECES
 from .bench import bench
+from .images import features
 from .look import info, plot
 from .make import build, triton
 from .measure import doctor, fidelity
@@ -33,7 +35,7 @@ COMMANDS = {
     PREDICT: (predict, run, decode),
     LOOK: (plot, info),
     MEASURE: (doctor, fidelity),
-    MAKE: (build, triton),
+    MAKE: (features, build, triton),
 }
 GROUP_OF = {
     "demo": PREDICT,
@@ -95,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given  # accepted anywhere on the line: users put it last
     given = [word for word in given if word != "--debug"]
+    given = _with_pieces(given)
     # Sent by a cluster or a closing terminal: clean up on the way out.
     earlier = {ending: signal.signal(ending, _stop) for ending in (signal.SIGTERM, signal.SIGHUP)}
     for stream in (sys.stdout, sys.stderr):
@@ -122,6 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for ending, handler in earlier.items():
             signal.signal(ending, handler)
+
+
+def _with_pieces(given: list[str]) -> list[str]:
+    """The words, with --sections that names no column naming the pieces of tissue."""
+    filled: list[str] = []
+    for word, following in zip(given, [*given[1:], "-"], strict=True):
+        filled += [word, PIECES] if word == "--sections" and following.startswith("-") else [word]
+    return filled
 
 
 def _stop(number: int, frame: object) -> None:

@@ -62,6 +62,29 @@ Embeddings = Annotated[bool, typer.Option("--embeddings", help="Keep the embeddi
 Form = Annotated[
     Format | None, typer.Option("--format", help="What to write; left out: by the name, zarr where X is above 2 GiB.")
 ]
+Encoder = Annotated[
+    str | None,
+    typer.Option(metavar="ENCODER", help="Of slide images: the tile encoder's folder, or a model of timm (PyTorch)."),
+]
+Mpp = Annotated[
+    float | None, typer.Option("--mpp", metavar="UM", help="Um a pixel of an image's finest level; left out: its own.")
+]
+Pitch = Annotated[float, typer.Option(metavar="UM", help="From one tile of an image to the next.")]
+MinTissue = Annotated[float, typer.Option(metavar="SHARE", help="How much of a tile has to be tissue, 0 to 1.")]
+Tissue = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE", help="Where an image's tissue is: GeoJSON (QuPath, TRIDENT) or a mask; left out: ours."
+    ),
+]
+SpotsFile = Annotated[
+    str | None,
+    typer.Option("--spots", metavar="FILE", help="Tiles at these spots: an AnnData or Visium's tissue_positions.csv."),
+]
+Sections = Annotated[
+    str | None,
+    typer.Option(metavar="[COLUMN]", help="Each piece of tissue, or value of a column of obs, is a slide of its own."),
+]
 Type = Annotated[DType, typer.Option("--dtype", help="Type of the expression written.")]
 
 
@@ -71,6 +94,8 @@ def chosen_backend(engine: Path, backend: str, device: str, precision: str | Non
 
     if backend != AUTO:
         return backend
+    if not engine.exists():  # a tile encoder of timm, which PyTorch runs; or nothing, which loading it says
+        return "onnxruntime"
     name, why = choose_backend(engine, device, precision)
     typer.echo(why, err=True)
     return name

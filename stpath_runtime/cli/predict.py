@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import OptionError
-from ..progress import progress_bar
+from ..images.settings import TileSettings
+from ..progress import progress_bar, tile_bars
 from ..results.output import Format
 from ..results.targets import choose_targets, require_target, sized
 from .options import (
@@ -18,16 +21,23 @@ from .options import (
     Device,
     DType,
     Embeddings,
+    Encoder,
     EngineFolder,
     FeaturesKey,
     FillContext,
     Form,
     Genes,
     Memory,
+    MinTissue,
+    Mpp,
     Neighbors,
     Organ,
+    Pitch,
     Precision,
+    Sections,
+    SpotsFile,
     Tech,
+    Tissue,
     Type,
     chosen_backend,
     count,
@@ -35,11 +45,16 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..images.encoder import Encoder as TileEncoder
+    from ..images.features import Job
     from ..slides.slide import Slide
+
+DEFAULTS = TileSettings()
 
 
 def predict(
-    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Files of features.")],
+    slides: Annotated[list[Path], typer.Argument(metavar="SLIDE...", help="Slide images, or files of features.")],
     engine: EngineFolder,
     out: Annotated[str, typer.Option(metavar="PATH", help="A .h5ad or .zarr for one slide, or a folder.")],
     organ: Organ = None,
@@ -60,10 +75,18 @@ def predict(
     embeddings: Embeddings = False,
     form: Form = None,
     dtype: Type = DType.FLOAT32,
+    encoder: Encoder = None,
+    mpp: Mpp = DEFAULTS.mpp,
+    pitch: Pitch = DEFAULTS.pitch,
+    min_tissue: MinTissue = DEFAULTS.min_tissue,
+    tissue: Tissue = None,
+    spots: SpotsFile = None,
+    sections: Sections = None,
 ) -> None:
-    """Predict the expression of genes at every spot of one or more slides."""
-    from ..engine import Engine, check_slide
-    from ..readers import read_context, read_slide
+    """Predict the expression of genes at every spot of one or more slides, images or files of features."""
+    from ..engine import Engine
+    from ..images.slide import features_job, require_encoder
+    from ..readers import read_context
     from ..slides.context import choose_spots
 
     if context is not None and len(slides) > 1:
@@ -71,6 +94,10 @@ def predict(
             f"--context {context}: the counts of one slide, for {len(slides)} slides; run each on its own"
         )
     _require_context(context is not None, context_spots, fill_context)
+    settings = TileSettings(mpp, pitch, min_tissue, tissue, spots, sections)
+    images = require_encoder(slides, encoder, settings)
+    if any(images):
+        settings.check()
     inputs = [*slides, *([context] if context is not None else [])]
     targets = choose_targets(slides, out, form)
     for target, _ in targets:
@@ -82,12 +109,11 @@ def predict(
     panel = loaded.vocabulary.panel(names)
     counts = read_context(context) if context is not None else None
 
-    to_run: list[Slide] = []  # all are read before the first is run: a fault in the last is named at once
-    for path in slides:
-        to_run.append(read_slide(path, organ=organ, technology=tech, features_key=features_key))
-        check_slide(to_run[-1], loaded.manifest)
-    for path, (named, asked) in zip(slides, targets, strict=True):
-        slide = to_run.pop(0)
+    tiles = _tile_encoder(encoder, loaded, backend, device, precision)
+    pairs = zip(slides, targets, images, strict=True)
+    jobs = [features_job(path, target, settings) for path, (target, _), is_image in pairs if is_image]
+    read = _slides(slides, images, jobs, tiles, loaded, organ, tech, features_key, sections)
+    for path, (named, asked), (slide, picture) in zip(slides, targets, read, strict=True):
         target, chosen = sized(named, asked, (len(slide), len(panel)), dtype.value)
         require_target(target, inputs)
         measured = choose_spots(counts, slide, context_spots) if counts is not None and context_spots else counts
@@ -103,10 +129,60 @@ def predict(
                 fill_context=fill_context,
                 on_tile=on_tile,
             )
+        if picture:
+            prediction.frame.uns["spatial"] = picture
         with progress_bar(f"write {target.name}") as on_tile:
             prediction.write(target, chosen, dtype.value, on_tile)
         what = f"{count(len(slide), 'spot')}, {count(len(panel), 'gene')}"
         typer.echo(f"{target}: {what} ({slide.organ}, {slide.technology or 'unknown technology'})")
+
+
+def _tile_encoder(
+    encoder: str | None, engine: Engine, backend: str, device: str, precision: str | None
+) -> TileEncoder | None:
+    """The encoder that is asked for, checked to be one that the engine takes."""
+    if encoder is None:
+        return None
+    from ..images.encoder import load_encoder, require_width
+
+    chosen = chosen_backend(Path(encoder), backend, device, precision)
+    loaded = load_encoder(encoder, backend=chosen, device=device, precision=precision)
+    require_width(loaded, engine.manifest.model.n_features, str(engine.path))
+    return loaded
+
+
+def _slides(
+    paths: list[Path],
+    images: list[bool],
+    jobs: list[Job],
+    tiles: TileEncoder | None,
+    engine: Engine,
+    organ: str | None,
+    tech: str | None,
+    features_key: str | None,
+    sections: str | None,
+) -> Iterator[tuple[Slide, dict[str, Any]]]:
+    """Each slide, and of an image its tissue; files of features are all read first: a fault of one is named at once."""
+    from ..engine import check_slide
+    from ..images.slide import ImageSlides
+    from ..readers import read_slide
+
+    read = []
+    for path, is_image in zip(paths, images, strict=True):
+        if not is_image:
+            read.append(read_slide(path, organ=organ, technology=tech, features_key=features_key, sections=sections))
+            check_slide(read[-1], engine.manifest)
+    if tiles is None:
+        yield from ((slide, {}) for slide in read)
+        return
+    with closing(ImageSlides(jobs, tiles)) as made:
+        for is_image in images:
+            if is_image:
+                with tile_bars(1) as on_batch:
+                    found = made.next(organ, tech, on_batch)
+                yield found
+            else:
+                yield read.pop(0), {}
 
 
 def run(
@@ -114,7 +190,8 @@ def run(
         str,
         typer.Argument(
             metavar="MANIFEST.csv|FOLDER",
-            help="Slides: a table with the columns slide and, as need be, organ, technology, context; or a folder.",
+            help="Slides: a table with the columns slide and, as need be, organ, technology, context, mpp, tissue, "
+            "spots; or a folder.",
         ),
     ],
     engine: EngineFolder,
@@ -143,10 +220,16 @@ def run(
     workers: Annotated[int, typer.Option(metavar="N", min=1, help="With --ray: engines at once.")] = 1,
     cpus: Annotated[float, typer.Option(metavar="C", min=0, help="With --ray: CPUs of an engine.")] = 1,
     gpus: Annotated[float, typer.Option(metavar="G", min=0, help="With --ray: GPUs of an engine.")] = 0,
+    encoder: Encoder = None,
+    mpp: Mpp = DEFAULTS.mpp,
+    pitch: Pitch = DEFAULTS.pitch,
+    min_tissue: MinTissue = DEFAULTS.min_tissue,
+    sections: Sections = None,
 ) -> None:
     """Predict a cohort of slides: what is whole is skipped, a failing slide stops no other."""
     from ..cohort.pipeline import Settings
     from ..cohort.run import read_cohort, run_cohort
+    from ..images.reading import endings_in_folder
 
     settings = Settings(
         engine=str(engine),
@@ -164,8 +247,11 @@ def run(
         form=form,
         dtype=dtype.value,
         resume=resume,
+        encoder=encoder,
+        encoder_backend=chosen_backend(Path(encoder), backend, device, precision) if encoder is not None else None,
+        tiles=TileSettings(mpp, pitch, min_tissue, sections=sections),
     )
-    jobs = read_cohort(cohort, out, form, organ, tech)
+    jobs = read_cohort(cohort, out, form, organ, tech, endings_in_folder(mpp) if encoder is not None else ())
     _require_context(any(job.context for job in jobs), context_spots, fill_context)
     cluster = {"address": ray, "workers": workers, "cpus": cpus, "gpus": gpus} if ray is not None else None
     totals = run_cohort(jobs, out, settings, cluster)

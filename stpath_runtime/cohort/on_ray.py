@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ClusterError, InstallError, MemoryLimitError, first_line
+from ..images.settings import TileSettings
 from ..results.output import Format
 from .pipeline import LISTS, Job, Outcome, Settings, run_jobs
 from .remote import is_url
@@ -24,13 +25,15 @@ class Worker:
     """An engine in a process of a Ray cluster."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings = Settings(**{**settings, "form": Format(settings["form"])})
+        given = {"form": Format(settings["form"]), "tiles": TileSettings(**settings["tiles"])}
+        self.settings = Settings(**{**settings, **given})
         self.engine = self.settings.load()
+        self.encoder = self.settings.load_encoder(self.engine)
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
         """Run slides; yields each outcome as it ends."""
         jobs = [Job(**json.loads(job)) for job in batch["job"]]
-        for outcome in run_jobs(self.engine, jobs, self.settings):
+        for outcome in run_jobs(self.engine, jobs, self.settings, encoder=self.encoder):
             yield {"outcome": [json.dumps(asdict(outcome))]}
 
 
@@ -107,6 +110,8 @@ def _outcomes(
         return
     spots = settings.context_spots
     named = replace(settings, engine=_anywhere(settings.engine))
+    if settings.encoder is not None and Path(settings.encoder).exists():
+        named = replace(named, encoder=_anywhere(settings.encoder))
     if spots is not None and Path(spots).suffix.lower() in LISTS:
         named = replace(named, context_spots=_anywhere(spots))
     items = [{"job": json.dumps({**asdict(job), **_places(job)})} for job in jobs]
@@ -152,6 +157,7 @@ def _anywhere(path: str) -> str:
 
 def _places(job: Job) -> dict[str, str]:
     named = {"slide": job.slide, "target": job.target, "context": job.context}
+    named |= {"tissue": job.tissue, "spots": job.spots}
     return {what: _anywhere(path) for what, path in named.items() if path is not None}
 
 

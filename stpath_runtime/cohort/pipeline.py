@@ -12,14 +12,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..engine import Engine
 from ..errors import InputError, OutputError, code_of, warnings_to
+from ..images.encoder import Encoder, load_encoder, require_width
+from ..images.features import Job as FeaturesJob
+from ..images.settings import TileSettings
+from ..images.slide import ImageSlides, needs_encoder
+from ..images.slide import features_job as features_beside
 from ..readers import read_context, read_slide
 from ..results.output import PROVENANCE, TABLE, Format, is_prediction
 from ..results.prediction import Prediction
@@ -57,12 +62,24 @@ class Settings:
     form: Format = Format.H5AD
     dtype: str = "float32"
     resume: bool = True
+    encoder: str | None = None  #: of slide images
+    encoder_backend: str | None = None  #: what runs it; None: what runs the engine
+    tiles: TileSettings = field(default_factory=TileSettings)  #: of slide images
 
     def load(self) -> Engine:
         """Load the engine, and check the settings against it."""
         engine = Engine.load(self.engine, backend=self.backend, device=self.device, precision=self.precision)
         engine.attention(self.attention, self.neighbors)
         return engine
+
+    def load_encoder(self, engine: Engine) -> Encoder | None:
+        """Load the tile encoder, if there is one, and check that the engine takes its features."""
+        if self.encoder is None:
+            return None
+        backend = self.encoder_backend or self.backend
+        encoder = load_encoder(self.encoder, backend=backend, device=self.device, precision=self.precision)
+        require_width(encoder, engine.manifest.model.n_features, self.engine)
+        return encoder
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,9 @@ class Job:
     organ: str | None = None
     technology: str | None = None
     context: str | None = None
+    mpp: str | None = None  #: of an image, as the manifest says it
+    tissue: str | None = None
+    spots: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +121,7 @@ class _Work:
     run: str = ""  # the fingerprint of its result
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    picture: dict[str, Any] = field(default_factory=dict)  # of its tissue, where it is an image
     copies: dict[str, str] = field(default_factory=dict)  # files of this machine, and the URLs that they are copies of
     outcome: Outcome | None = None  # where it is known
 
@@ -133,7 +154,11 @@ class _Work:
 
 
 def run_jobs(
-    engine: Engine, jobs: Sequence[Job], settings: Settings, watch: Watch = lambda what, done, total: None
+    engine: Engine,
+    jobs: Sequence[Job],
+    settings: Settings,
+    watch: Watch = lambda what, done, total: None,
+    encoder: Encoder | None = None,
 ) -> Generator[Outcome, None, None]:
     """Run slides; yields the outcome of each, in order.
 
@@ -142,13 +167,18 @@ def run_jobs(
     A slide that fails, for whatever reason, does not stop the others. When the caller stops iterating, the slide that
     is being written is finished, and the others are dropped.
     """
-    identity = _identity(engine, settings)
+    identity = _identity(engine, settings, encoder)
     with ExitStack() as stack:
+        images = None
+        if encoder is not None:
+            due = (features_job(job, settings) for job in jobs if _is_image_to_run(job, settings, identity))
+            images = stack.enter_context(closing(ImageSlides(due, encoder)))
         reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
         stack.callback(reader.shutdown, wait=True, cancel_futures=True)
         stack.callback(writer.shutdown, wait=True, cancel_futures=True)
+        read = partial(_read, engine, settings=settings, identity=identity, images=images, watch=watch)
         waiting: deque[Future[_Work]] = deque()
-        for batch in _batches(_read_ahead(reader, engine, jobs, settings, identity)):
+        for batch in _batches(_read_ahead(reader, jobs, read)):
             _encode(engine, batch, settings, watch)
             waiting += [writer.submit(_write, work, settings, watch) for work in batch]
             while waiting and (waiting[0].done() or len(waiting) > WRITE_BEHIND):
@@ -157,12 +187,10 @@ def run_jobs(
             yield _outcome(waiting.popleft())
 
 
-def _read_ahead(
-    reader: ThreadPoolExecutor, engine: Engine, jobs: Sequence[Job], settings: Settings, identity: dict[str, Any]
-) -> Iterator[_Work]:
+def _read_ahead(reader: ThreadPoolExecutor, jobs: Sequence[Job], read: Callable[[Job], _Work]) -> Iterator[_Work]:
     pending: deque[Future[_Work]] = deque()
     for job in jobs:
-        pending.append(reader.submit(_read, engine, job, settings, identity))
+        pending.append(reader.submit(read, job))
         if len(pending) > READ_AHEAD:
             yield pending.popleft().result()
     while pending:
@@ -187,17 +215,32 @@ def _batches(read: Iterator[_Work]) -> Iterator[list[_Work]]:
         yield batch
 
 
-def _read(engine: Engine, job: Job, settings: Settings, identity: dict[str, Any]) -> _Work:
+def _read(
+    engine: Engine,
+    job: Job,
+    settings: Settings,
+    identity: dict[str, Any],
+    images: ImageSlides | None,
+    watch: Watch,
+) -> _Work:
     work = _Work(job)
     with _step(work):
-        work.run = fingerprint(job, identity)
-        if settings.resume and _recorded(job.target, settings.form) == work.run:
+        work.run, whole = _checked(job, settings, identity)
+        if whole:
             work.end("skipped")
             return work
-        if _is_of_others(job.target):
-            raise OutputError(f"{job.target} exists and is not a prediction by stpath; move it away")
-        with work.fetched(job.slide) as path:
-            slide = read_slide(path, organ=job.organ, technology=job.technology, features_key=settings.features_key)
+        if images is not None and needs_encoder(job.slide):
+            tell = partial(watch, f"tiles {slide_name(job.slide)}")
+            slide, work.picture = images.next(job.organ, job.technology, lambda _, done, total: tell(done, total))
+        else:
+            with work.fetched(job.slide) as path:
+                slide = read_slide(
+                    path,
+                    organ=job.organ,
+                    technology=job.technology,
+                    features_key=settings.features_key,
+                    sections=settings.tiles.sections,
+                )
         if job.context is not None:
             with work.fetched(job.context) as path:
                 context = read_context(path)
@@ -205,6 +248,38 @@ def _read(engine: Engine, job: Job, settings: Settings, identity: dict[str, Any]
             work.context = chosen.resolve(slide, engine.vocabulary)
         work.slide = slide
     return work
+
+
+def _checked(job: Job, settings: Settings, identity: dict[str, Any]) -> tuple[str, bool]:
+    """The fingerprint of a slide's result, and whether a whole one of it is there already.
+
+    Raises
+    ------
+    InputError
+        If an input is not there, or something else is where the result goes.
+    """
+    run = fingerprint(job, identity)
+    if settings.resume and _recorded(job.target, settings.form) == run:
+        return run, True
+    if _is_of_others(job.target):
+        raise OutputError(f"{job.target} exists and is not a prediction by stpath; move it away")
+    return run, False
+
+
+def _is_image_to_run(job: Job, settings: Settings, identity: dict[str, Any]) -> bool:
+    """Whether features are to be made for a slide: it is an image, and its result is not there yet."""
+    try:
+        return needs_encoder(job.slide) and not _checked(job, settings, identity)[1]
+    except (InputError, OSError):
+        return False  # it is said when the slide is read
+
+
+def features_job(job: Job, settings: Settings) -> FeaturesJob:
+    """The job that makes the features of a slide image, kept beside its result."""
+    own = {name: value for name in ("tissue", "spots") if (value := getattr(job, name)) is not None}
+    if job.mpp is not None:
+        own["mpp"] = float(job.mpp)
+    return features_beside(Path(job.slide), Path(job.target), replace(settings.tiles, **own))
 
 
 def _encode(engine: Engine, batch: list[_Work], settings: Settings, watch: Watch) -> None:
@@ -237,6 +312,8 @@ def _encode_together(engine: Engine, works: list[_Work], settings: Settings, wat
     )
     for work, prediction in zip(works, predictions, strict=True):
         prediction.frame.uns["stpath"]["run"] = work.run
+        if work.picture:
+            prediction.frame.uns["spatial"] = work.picture
         work.prediction = prediction
 
 
@@ -264,17 +341,24 @@ def fingerprint(job: Job, identity: dict[str, Any]) -> str:
     InputError
         If a file is not there.
     """
-    files = {name: version(name) for name in (job.slide, job.context) if name is not None}
+    named = (job.slide, job.context, job.tissue, job.spots)
+    files = {name: version(name) for name in named if name is not None}
     facts = {**identity, "organ": job.organ, "technology": job.technology, "files": list(files.values())}
+    if job.mpp is not None:
+        facts["mpp"] = job.mpp
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _identity(engine: Engine, settings: Settings) -> dict[str, Any]:
+def _identity(engine: Engine, settings: Settings, encoder: Encoder | None) -> dict[str, Any]:
     """The parts of engine and settings that a result depends on or records (not the memory)."""
     attention = str(engine.attention(settings.attention, settings.neighbors))
     kept = asdict(settings) | {"engine": engine.hash(), "attention": attention}
-    for free in ("memory", "neighbors", "resume"):
+    for free in ("memory", "neighbors", "resume", "encoder_backend"):
         del kept[free]
+    if encoder is None:  # as before there were images, so that results of then are known again
+        del kept["encoder"], kept["tiles"]
+    else:
+        kept["encoder"] = encoder.about
     chosen = settings.context_spots
     if chosen is not None and Path(chosen).suffix.lower() in LISTS and Path(chosen).is_file():
         kept["context_spots"] = version(chosen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from typing import Any
 from ..engine import Engine
 from ..errors import CohortError, InputError, OutputError, warn
 from ..files import remove, require_writable, sweep, written_whole
+from ..images.encoder import Encoder
+from ..images.slide import require_encoder
 from ..names import delimiter_of, shown
 from ..readers import read_slide
 from ..results.output import Format, require_spatialdata
@@ -23,7 +26,8 @@ from .progress import cohort_progress
 from .remote import discard, fetched, is_url, join, sent
 
 ALIASES = {"tech": "technology"}  # as the option is called
-COLUMNS = ("slide", "organ", "technology", "context")
+COLUMNS = ("slide", "organ", "technology", "context", "mpp", "tissue", "spots")
+FILE_COLUMNS = ("context", "tissue", "spots")
 SUMMARY_COLUMNS = ("slide", "output", "status", "spots", "seconds", "warnings")
 ENDINGS = (".h5", ".hdf5", ".h5ad", ".zarr", ".zarr.zip")  # of what is taken from a folder
 TABLES = (".csv", ".tsv")  # manifests
@@ -49,7 +53,12 @@ class Totals:
 
 
 def read_cohort(
-    source: str, out: str, form: Format, organ: str | None = None, technology: str | None = None
+    source: str,
+    out: str,
+    form: Format,
+    organ: str | None = None,
+    technology: str | None = None,
+    images: Sequence[str] = (),
 ) -> list[Job]:
     """The slides of a manifest (.csv) or a folder, and where each result goes.
 
@@ -62,6 +71,8 @@ def read_cohort(
         Folder or URL of the results, each named after its slide.
     organ, technology
         Of slides for which the manifest says nothing.
+    images
+        Endings of slide images that are taken of a folder, too.
 
     Raises
     ------
@@ -71,15 +82,17 @@ def read_cohort(
     """
     if form is Format.SPATIALDATA:
         require_spatialdata()
-    rows = _manifest(source) if source.lower().endswith(TABLES) else [(f, {}) for f in _folder(source, out)]
+    rows = _manifest(source) if source.lower().endswith(TABLES) else [(f, {}) for f in _folder(source, out, images)]
     jobs: dict[str, Job] = {}
     for slide, row in rows:
         target = join(out, f"{slide_name(slide)}{form.suffix}")
-        job = Job(slide, target, row.get("organ") or organ, row.get("technology") or technology, row.get("context"))
+        more = [row.get(name) for name in ("context", "mpp", "tissue", "spots")]
+        job = Job(slide, target, row.get("organ") or organ, row.get("technology") or technology, *more)
         if target in jobs:
             raise CohortError(_one_result(source, jobs[target].slide, slide, target))
         jobs[target] = job
-    read = {_absolute(name) for job in jobs.values() for name in (job.slide, job.context) if name is not None}
+    inputs = (name for job in jobs.values() for name in (job.slide, job.context, job.tissue, job.spots))
+    read = {_absolute(name) for name in inputs if name is not None}
     for target in jobs:
         if _absolute(target) in read:
             raise OutputError(f"--out {out}: {target} would overwrite an input; choose another folder")
@@ -125,6 +138,8 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
         If the engine or the settings are at fault, the folder cannot be written, or another run is at work in it.
     """
     engine = settings.load()  # where slides run elsewhere, too: a fault of it is named before anything is written
+    encoder = settings.load_encoder(engine)
+    _require_encoder(jobs, settings)
     panel = engine.vocabulary.panel(settings.genes)
     if settings.genes is not None:
         settings = replace(settings, genes=panel.names)
@@ -134,7 +149,7 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
         _write_tables(jobs, [], earlier, out)
     with _locked(out), cohort_progress(len(jobs)) as progress:
         try:
-            with closing(_outcomes(engine, jobs, settings, cluster, progress.watch)) as found:
+            with closing(_outcomes(engine, encoder, jobs, settings, cluster, progress.watch)) as found:
                 for outcome in found:
                     outcomes.append(outcome)
                     progress(outcome)
@@ -144,13 +159,36 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
 
 
 def _outcomes(
-    engine: Engine, jobs: Sequence[Job], settings: Settings, cluster: dict[str, Any] | None, watch: Watch
+    engine: Engine,
+    encoder: Encoder | None,
+    jobs: Sequence[Job],
+    settings: Settings,
+    cluster: dict[str, Any] | None,
+    watch: Watch,
 ) -> Generator[Outcome, None, None]:
     if cluster is None:
-        return run_jobs(engine, jobs, settings, watch)
+        return run_jobs(engine, jobs, settings, watch, encoder)
     from .on_ray import run_on_ray
 
     return run_on_ray(jobs, settings, **cluster)
+
+
+def _require_encoder(jobs: Sequence[Job], settings: Settings) -> None:
+    """Refuse images without an encoder, an encoder without images, and images that are not on this machine.
+
+    Raises
+    ------
+    InputError
+        If it is so.
+    """
+    needed = require_encoder([job.slide for job in jobs], settings.encoder, settings.tiles)
+    for job, is_image in zip(jobs, needed, strict=True):
+        if is_image and (is_url(job.slide) or is_url(job.target)):
+            raise CohortError(
+                f"{job.slide}: slide images are read, and their features kept, in folders of this machine; copy them "
+                f"here, "
+                "or mount their storage"
+            )
 
 
 def _totals(outcomes: Iterable[Outcome], seconds: float) -> Totals:
@@ -216,15 +254,24 @@ def _row(head: Sequence[str], row: Sequence[str], source: str, line: int) -> tup
     slide = fields.pop("slide", "")
     if not slide_name(slide).strip("."):
         raise CohortError(f"{source}: line {line} names no slide ({slide!r}); give a path or URL")
-    if "context" in fields:
-        fields["context"] = _relative_to_manifest(source, fields["context"])
+    fields |= {name: _relative_to_manifest(source, fields[name]) for name in FILE_COLUMNS if name in fields}
+    if not _is_number(fields.get("mpp", "1")):
+        raise CohortError(f"{source}: line {line} has mpp {fields['mpp']!r}; give um a pixel, a number above 0")
     slide = _relative_to_manifest(source, slide)
-    for name in (slide, fields.get("context", "")):
+    for name in (slide, *(fields.get(column, "") for column in FILE_COLUMNS)):
         if shown(name) != name and not Path(name).exists():
             raise CohortError(
                 f"{source}: line {line} is not text in UTF-8 and names no file ({name!r}); save it as CSV in UTF-8"
             )
     return slide, fields
+
+
+def _is_number(text: str) -> bool:
+    """Whether a field is a finite number above 0."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def _relative_to_manifest(source: str, path: str) -> str:
@@ -234,7 +281,7 @@ def _relative_to_manifest(source: str, path: str) -> str:
     return join(source.rsplit("/", 1)[0], path) if is_url(source) else str(Path(source).parent / path)
 
 
-def _folder(source: str, out: str) -> list[str]:
+def _folder(source: str, out: str, images: Sequence[str]) -> list[str]:
     if is_url(source):
         raise CohortError(f"{source}: give a manifest (.csv) of URLs; only a folder of this machine is listed")
     folder = Path(source)
@@ -246,7 +293,7 @@ def _folder(source: str, out: str) -> list[str]:
     if _absolute(source) == _absolute(out):
         raise OutputError(f"--out {out}: the folder of the slides, of which results would be slides; choose another")
     found = (entry for entry in sorted(folder.iterdir()) if not entry.name.startswith("."))
-    return [str(entry) for entry in found if entry.name.lower().endswith(ENDINGS)]
+    return [str(entry) for entry in found if entry.name.lower().endswith((*ENDINGS, *images))]
 
 
 def _absolute(path: str) -> str:

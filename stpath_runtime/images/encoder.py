@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from ..backends import open_backend
 from ..encoding.backend import Backend
-from ..errors import BackendError, EncoderError, MemoryLimitError, OutputError
+from ..errors import BackendError, EncoderError, MemoryLimitError, OptionError, OutputError
 from ..files import sha256, written_whole
 from ..machine import available_on_host, cpu_name
 from ..manifest import ENCODER_GRAPH, ENCODER_MANIFEST, EncoderManifest
@@ -29,6 +30,8 @@ MOST_TILES = 256  # of a batch, as TensorRT's plans take
 SECONDS = 20.0  # of measuring, at most, beyond the batch that is being measured
 GAIN = 1.05  # what the next size has to bring for larger ones to be tried
 NEAR = 0.97  # of the best throughput: the smallest size that reaches it is taken
+CONFIG = "config.json"  # of a model as the Hub has it
+PLUGINS = "stpath.encoders"  # entry points of what loads encoders by name
 BATCHES = "cache/batches.json"  # what was measured, in the encoder's folder
 
 
@@ -203,6 +206,50 @@ class TileEncoder:
             if isinstance(found, dict) and all(type(n) is int and 0 < n <= MOST_TILES for n in found.values()):
                 return found
         return {}
+
+
+def load_encoder(
+    name: str,
+    weights: Path | None = None,
+    *,
+    backend: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str | None = None,
+) -> Encoder:
+    """An encoder's folder or, by its name, one of timm in PyTorch, where stpath-engine's extra `features` is installed.
+
+    Parameters
+    ----------
+    weights
+        Of a model of timm; None: from the Hugging Face Hub.
+    backend, device, precision
+        As `Engine.load` takes them; PyTorch has the device only.
+
+    Raises
+    ------
+    InputError
+        If there is no such encoder, or the options are not for it.
+    """
+    path = Path(name)
+    if path.is_dir() or path.is_file():
+        if weights is not None:
+            raise OptionError(f"--weights {weights}: of a model of timm; {name} is a folder, which holds its own")
+        if (path / CONFIG).is_file() and not (path / ENCODER_MANIFEST).is_file():
+            raise EncoderError(
+                f"{name}: an encoder as the Hub has it; make an engine of it: stpath export-encoder {name} --out "
+                f"ENCODER"
+            )
+        return TileEncoder.load(path, backend=backend, device=device, precision=precision)
+    if precision is not None or backend != "onnxruntime":
+        option = f"--precision {precision}" if precision is not None else f"--backend {backend}"
+        raise OptionError(
+            f"{option}: {name!r} is no folder, so a model of timm, which PyTorch runs in float32; export it: stpath "
+            f"export-encoder {name} --out ENCODER"
+        )
+    for entry in entry_points(group=PLUGINS):
+        found: Encoder = entry.load()(name, weights, device)
+        return found
+    raise EncoderError(f"{name}: no such folder; give that of an encoder: stpath export-encoder MODEL --out ENCODER")
 
 
 def require_width(encoder: Encoder, expected: int, engine: str) -> None:

@@ -13,7 +13,7 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
@@ -22,14 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, OutputError, warn
+from ..errors import InputError, OutputError, warn, warnings_to
 from ..files import require_writable, written_whole
 from ..progress import OnTile
 from ..results.targets import slide_name
 from .encoder import Encoder, Tiles
 from .picture import draw_tiles
 from .reading import is_image
-from .sources import TileSettings, TileSource, View, check_patches, identity, open_source
+from .settings import TileSettings
+from .sources import TileSource, View, check_patches, identity, open_source
 
 AHEAD = 3  # batches that are read before they are encoded
 ROWS_AT_ONCE = 8_192  # looked through for NaN
@@ -59,6 +60,7 @@ class Made:
     total: int = 0  #: tiles
     view: View | None = None  #: of an image whose tiles were looked for in this run
     error: Exception | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -73,6 +75,7 @@ class _Work:
     handle: int = -1  # of the file while it is not whole, which this run alone may write
     offset: int = 0  # bytes before its features
     error: Exception | None = None
+    warnings: list[str] = field(default_factory=list)
     open: ExitStack = field(default_factory=ExitStack)
 
 
@@ -85,12 +88,14 @@ class _Batch:
 
 
 def extract(
-    jobs: Sequence[Job], encoder: Encoder, *, batch_size: int | None = None, on_batch: Any = None
-) -> Iterator[Made]:
+    jobs: Iterable[Job], encoder: Encoder, *, batch_size: int | None = None, on_batch: Any = None
+) -> Generator[Made, None, None]:
     """Compute the features of slides, one after the other; yields what became of each, errors included.
 
     Parameters
     ----------
+    jobs
+        Taken as they are needed, in another thread.
     batch_size
         Tiles at once; None: what the encoder finds best.
     on_batch
@@ -130,8 +135,10 @@ def extract_one(job: Job, encoder: Encoder, batch_size: int | None = None, on_ba
         If it cannot be read or written, or its features cannot be computed.
     """
     tell = None if on_batch is None else (lambda job, done, total: on_batch(done, total))
-    with closing(extract([job], encoder, batch_size=batch_size, on_batch=tell)) as found:  # type: ignore[type-var]
+    with closing(extract([job], encoder, batch_size=batch_size, on_batch=tell)) as found:
         (made,) = found
+    for warning in made.warnings:
+        warn(warning)
     if made.error is not None:
         raise made.error
     return made
@@ -176,7 +183,7 @@ def require_sources(sources: Sequence[Path], size: int) -> None:
 
 
 def _plan(
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     encoder: Encoder,
     batch_size: int | None,
     pool: ThreadPoolExecutor,
@@ -197,7 +204,8 @@ def _plan(
             return
         work = _Work(job)
         try:
-            _begin(work, encoder, batch_size)
+            with warnings_to(work.warnings.append):
+                _begin(work, encoder, batch_size)
             if work.source is not None:
                 for start in range(work.first, work.total, work.batch):
                     if work.error is not None:  # in an earlier batch
@@ -291,13 +299,14 @@ def _encode(item: _Batch, encoder: Encoder) -> None:
 
 def _ended(work: _Work) -> Made:
     """Close a job's source, and give its file its name where it is whole."""
+    warnings = tuple(work.warnings)
     with work.open:
         if work.error is not None:
-            return Made(work.job, error=work.error)
+            return Made(work.job, error=work.error, warnings=warnings)
         if work.source is not None:
             os.fsync(work.handle)
             work.job.half.replace(work.job.target)
-    return Made(work.job, work.total, work.source.view if work.source is not None else None)
+    return Made(work.job, work.total, work.source.view if work.source is not None else None, warnings=warnings)
 
 
 def _kept(error: Exception, item: _Batch) -> Exception:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..files import written_whole
 from .sources import View
-from .tissue import shrunk
+from .tissue import Overview, shrunk
 
 HIRES, LOWRES = 2_000, 600  # pixels of the longer side, at most, as Space Ranger's
 OUTSIDE = 0.45  # how much of a picture's white is mixed into what is no tissue
@@ -28,14 +28,15 @@ def draw_tiles(view: View, path: Path) -> None:
     from PIL import Image, ImageDraw
 
     overview, grid = view.overview, view.grid
-    taken = np.zeros(overview.pixels.shape[:2], bool)
+    height, width, _ = overview.pixels.shape
+    taken = np.zeros((height, width), bool)
     boxes = np.concatenate([grid.corners, grid.corners + grid.side], axis=1) / overview.scale
     for left, top, right, bottom in boxes.round().astype(int).clip(0).tolist():
         taken[top : bottom + 1, left : right + 1] = True
     pixels = overview.pixels.astype(np.float32)
     pixels[~taken] = pixels[~taken] * (1 - OUTSIDE) + 255 * OUTSIDE
     if view.tissue is not None:
-        pixels[_edge(view, taken.shape[0], taken.shape[1])] = EDGE
+        pixels[_edge(view, height, width)] = EDGE
     picture = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
     for left, top, right, bottom in boxes.tolist():
@@ -44,22 +45,24 @@ def draw_tiles(view: View, path: Path) -> None:
         picture.save(partial, format="PNG", compress_level=3)
 
 
-def spatial_of(view: View, microns_a_pixel: float) -> dict[str, Any]:
+def spatial_of(overview: Overview, side: float, microns_a_pixel: float) -> dict[str, Any]:
     """What scanpy and squidpy look for in `uns["spatial"][library]`: pictures of the tissue, and how they scale.
+
+    Parameters
+    ----------
+    side
+        Pixels of level 0 that a tile spans: spots are drawn so wide.
 
     Source: https://scanpy.readthedocs.io/en/stable/generated/scanpy.read_visium.html.
     """
-    pixels = view.overview.pixels
     images, scales = {}, {}
     for name, longest in (("hires", HIRES), ("lowres", LOWRES)):
-        times = -(-max(pixels.shape[:2]) // longest)
-        images[name] = shrunk(pixels, times)
-        scales[f"tissue_{name}_scalef"] = 1 / (view.overview.scale * times)
-    side = float(view.grid.side)
-    diameters = {"spot_diameter_fullres": min(view.grid.pitch or side, side), "fiducial_diameter_fullres": side}
+        times = -(-max(overview.pixels.shape[:2]) // longest)
+        images[name] = shrunk(overview.pixels, times)
+        scales[f"tissue_{name}_scalef"] = 1 / (overview.scale * times)
     return {
         "images": images,
-        "scalefactors": scales | diameters,
+        "scalefactors": {**scales, "spot_diameter_fullres": side, "fiducial_diameter_fullres": side},
         "metadata": {"microns_a_pixel": microns_a_pixel},
     }
 

@@ -60,6 +60,11 @@ def is_image(path: str | Path) -> bool:
     return str(path).lower().endswith(ENDINGS)
 
 
+def endings_in_folder(microns_a_pixel: float | None) -> tuple[str, ...]:
+    """How the names of images in a folder end; plain pictures, which may be anything, only where a scale is given."""
+    return ENDINGS if microns_a_pixel is not None else tuple(set(ENDINGS) - {".png", ".jpg", ".jpeg"})
+
+
 @contextmanager
 def open_image(path: str | Path, microns_a_pixel: float | None = None) -> Iterator[SlideImage]:
     """Open a slide image: what OpenSlide reads, or a plain PNG, JPEG or TIFF of which the scale is given.

@@ -55,7 +55,7 @@ class Tissue:
 
 
 def overview_of(image: SlideImage, threads: int = 2) -> Overview:
-    """Read an image small: at 8 um a pixel or a little finer, or with 2,000 pixels of its longer side, the finer of both.
+    """Read an image small: at 8 um a pixel or a little finer, or 2,000 pixels long, whichever is finer.
 
     It is read in parts, so that what it takes does not grow with the image.
 

@@ -28,6 +28,7 @@ def read_slide(
     organ: str | None = None,
     technology: str | None = None,
     features_key: str | None = None,
+    sections: str | None = None,
 ) -> Slide:
     """Read a slide's features from any file that holds them with coordinates; its content tells which it is.
 
@@ -48,6 +49,9 @@ def read_slide(
     features_key
         Where the features are: the key in obsm of an AnnData (left out: X), the table of a SpatialData (left out: the
         only one that annotates shapes), the dataset of another HDF5 file (left out: `embeddings` or `features`).
+    sections
+        Of an AnnData the column of obs that tells the section of each spot; each is then as a slide of its own. Files
+        that `stpath features --sections` wrote tell it themselves.
 
     Raises
     ------
@@ -65,16 +69,22 @@ def read_slide(
     with opened(path, "features") as source:
         if is_anndata(source):
             parts = read_anndata(source, features_key)
+            if sections is not None:
+                parts = parts._replace(sections=read_labels(source, sections))
         elif not isinstance(source, ZarrSource):
             parts = read_features(source, features_key)
         elif is_spatialdata(source):
             parts = read_spatialdata(source, features_key)
         else:
             raise FileError(f"{path}: a zarr store, but neither AnnData nor SpatialData; it holds: {source.listed('')}")
+    if sections is not None and parts.sections is None:
+        raise SlideError(f"{path}: sections are read of the obs of an AnnData; leave out {sections!r}")
     for array in (parts.coords, parts.features):
         if array.flags.owndata:
             array.flags.writeable = False  # nobody else holds it, so the slide need not copy it
-    return Slide(parts.coords, parts.features, parts.barcodes, organ, technology, name=str(path), patch=parts.patch)
+    return Slide(
+        parts.coords, parts.features, parts.barcodes, organ, technology, str(path), parts.patch, parts.sections
+    )
 
 
 def keys_of_width(path: str | Path, width: int) -> list[str]:

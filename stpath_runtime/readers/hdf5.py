@@ -16,6 +16,7 @@ from .sources import KINDS, PIXELS, PLUGINS, SCALES, Parts, Source, check_size, 
 
 FEATURES = ("embeddings", "features")  # STPath and HEST; TRIDENT and CLAM
 BARCODES = ("barcodes", "barcode")
+SECTION = "section"
 MOST_LINKS = 100_000
 HEAP = b"GCOL\x01\0\0\0"  # how a global heap begins, in which HDF5 keeps texts
 LARGEST_SEARCHED = 2**30  # bytes
@@ -161,7 +162,14 @@ def read_features(source: Source, features_key: str | None) -> Parts:
     barcodes = next((source.array(key) for key in BARCODES if key in found), None)
     if barcodes is not None and barcodes.dtype.kind not in "SOUiu":
         raise SlideError(f"{path}: the barcodes are of type {barcodes.dtype}; expected text")
-    return Parts(coords, features, barcodes, _patch(source.attributes("coords"), path))
+    sections = None
+    if (
+        SECTION in found
+        and source.shape(SECTION) == [len(coords)]
+        and (names := source.array(SECTION)).dtype.kind in "SO"
+    ):
+        sections = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+    return Parts(coords, features, barcodes, _patch(source.attributes("coords"), path), sections)
 
 
 def _features_name(source: Source, features_key: str | None) -> str:

@@ -42,6 +42,7 @@ class Parts(NamedTuple):
     features: npt.NDArray[Any]  # [N, F]
     barcodes: npt.NDArray[Any] | None  # [N] or [N, 1]
     patch: Patch | None = None
+    sections: list[str] | None = None  # [N]
 
 
 class Source(ABC):

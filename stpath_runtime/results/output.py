@@ -162,7 +162,8 @@ def require_spatialdata() -> None:
 def _shapes(frame: AnnData) -> Any:
     """The squares of tissue that the features are of, where their size is known; else circles around the coordinates.
 
-    Where a file tells the size of its patches, its coordinates are their corners of the lowest x and y.
+    Where a file tells the size of its patches, its coordinates are their corners of the lowest x and y; those of an
+    image are their centres.
     """
     import geopandas
     import shapely
@@ -173,6 +174,8 @@ def _shapes(frame: AnnData) -> Any:
     x, y = np.asarray(frame.obsm["spatial"], float).T
     side = frame.uns["stpath"]["patch"].get("level0_pixels")
     if side is not None:
+        if frame.uns["stpath"]["patch"].get("centred"):
+            x, y = x - side / 2, y - side / 2
         return ShapesModel.parse(geopandas.GeoDataFrame(geometry=shapely.box(x, y, x + side, y + side)))
     coords = np.column_stack([x, y])
     return ShapesModel.parse(

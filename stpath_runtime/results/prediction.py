@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 EMBEDDING = "stpath_embedding"  # in obsm
-CONTEXT = "context"  # in obs
+CONTEXT, SECTION = "context", "section"  # in obs
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +86,15 @@ class Prediction:
 def new_frame(
     slide: Slide, names: Sequence[str], gene_ids: Sequence[str], facts: dict[str, Any], context: ContextRows | None
 ) -> AnnData:
-    """The result but for X: spots, genes, coordinates, which spots were context, and provenance."""
+    """The result but for X: spots, genes, coordinates, which spots were context, sections, and provenance."""
     import pandas as pd
     from anndata import AnnData
 
     obs = pd.DataFrame(index=pd.Index(slide.obs_names, dtype=object))
     if context is not None:
         obs[CONTEXT] = np.isin(np.arange(len(slide)), context.spots)
+    if slide.sections is not None:
+        obs[SECTION] = pd.Categorical(list(slide.sections), categories=list(dict.fromkeys(slide.sections)))
     var = pd.DataFrame({"gene_ids": list(gene_ids)}, index=pd.Index(list(names), dtype=object))
     return AnnData(obs=obs, var=var, obsm={"spatial": np.array(slide.coords)}, uns={"stpath": facts})
 

@@ -133,6 +133,11 @@ class ContextRows:
     tokens: npt.NDArray[np.int64]  # [P], distinct gene tokens
     log_counts: csr_matrix  # [C, P], log1p of raw counts
 
+    def within(self, rows: npt.NDArray[np.int64]) -> ContextRows:
+        """The context of some spots of the slide, [M] sorted, which then are all there are."""
+        kept = np.flatnonzero(np.isin(self.spots, rows))
+        return ContextRows(np.searchsorted(rows, self.spots[kept]), self.tokens, self.log_counts[kept])
+
 
 def _positions(ids: Sequence[Any], slide: Slide) -> npt.NDArray[np.int64]:
     """Positions of context spots in the slide, [C]; -1 for barcodes that it does not have, if it has others."""

@@ -30,6 +30,7 @@ class Patch:
     magnification: float  #: at which it was read: 20 is 0.5 um a pixel
     level0_pixels: int | None = None  #: its side in the pixels of the coordinates
     level0_magnification: float | None = None  #: of the coordinates
+    centred: bool = False  #: whether the coordinates are its centre, not its corner of the lowest x and y
 
     @property
     def microns(self) -> float:
@@ -57,6 +58,9 @@ class Slide:
         What messages and outputs call the slide.
     patch
         The size of the patches that the features are of, where it is known; one far from the published 112 um warns.
+    sections
+        N names of the sections that the spots lie on, as where a slide holds several: each is scaled and attends on its
+        own, as if it were a slide; None means one.
 
     Raises
     ------
@@ -77,6 +81,7 @@ class Slide:
     technology: str | None = None
     name: str = "slide"
     patch: Patch | None = None
+    sections: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         coords, features = _own(self.name, "coordinates", self.coords), _own(self.name, "features", self.features)
@@ -107,8 +112,14 @@ class Slide:
             technology = None if self.technology is None else TECHNOLOGIES[technology_token(self.technology)]
         except InputError as error:
             raise SlideError(f"{self.name}: {error}") from None
+        sections = self.sections
+        if sections is not None:
+            sections = [text(section, self.name) for section in np.asarray(sections, object).ravel()]
+            if len(sections) != len(coords):
+                raise SlideError(f"{self.name}: {len(sections):,} sections for {len(coords):,} spots; give one a spot")
         # Frozen for users; here the checked values are set.
         vars(self).update(coords=coords, features=features, barcodes=barcodes, organ=organ, technology=technology)
+        vars(self).update(sections=sections)
         self._warn_of_unlikely_input()
 
     def _warn_of_unlikely_input(self) -> None:
@@ -208,6 +219,34 @@ class Slide:
         span = coords.max(axis=0) - low
         normalized: npt.NDArray[np.float64] = (coords - low) / np.where(span > 0, span, 1) * 100
         return normalized
+
+
+def by_section(slide: Slide) -> list[tuple[npt.NDArray[np.int64], Slide]]:
+    """The rows of each section, and the section as a slide of its own; of a slide without sections all rows, and it.
+
+    Examples
+    --------
+    >>> slide = Slide([[0, 0], [9, 9], [1, 0]], np.ones((3, 4)), sections=["left", "right", "left"])
+    >>> [(rows.tolist(), len(section)) for rows, section in by_section(slide)]
+    [([0, 2], 2), ([1], 1)]
+    """
+    if slide.sections is None:
+        return [(np.arange(len(slide)), slide)]
+    names = np.asarray(slide.sections, object)
+    parts = []
+    for name in dict.fromkeys(slide.sections):
+        rows = np.flatnonzero(names == name)
+        part = object.__new__(Slide)  # what it holds is checked already, and warned of
+        barcodes = [slide.obs_names[row] for row in rows]
+        values = {
+            "coords": slide.coords[rows],
+            "features": slide.features[rows],
+            "barcodes": barcodes,
+            "sections": None,
+        }
+        vars(part).update({**vars(slide), **values})
+        parts.append((rows, part))
+    return parts
 
 
 def own(values: Any) -> npt.NDArray[Any]:
