@@ -11,7 +11,8 @@ import typer
 
 from stpath_runtime.cli.options import Backend, Device, chosen_backend
 from stpath_runtime.cli.options import Precision as RunPrecision
-from stpath_runtime.errors import CheckpointError
+from stpath_runtime.errors import CheckpointError, OptionError
+from stpath_runtime.manifest import is_encoder
 from stpath_runtime.progress import progress_bar, report_console
 from stpath_train.cli import TRAIN, require
 
@@ -92,8 +93,10 @@ def export_encoder(
 
 
 def verify(
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
-    checkpoint: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="The checkpoint that it was made from.")],
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder, or a tile encoder's.")],
+    checkpoint: Annotated[
+        Path, typer.Option(metavar="CHECKPOINT", help="What it was made from: a checkpoint, or the encoder.")
+    ],
     slide: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="What to compare on, too: features, or the inputs.npz of a report's bundle."),
@@ -117,9 +120,14 @@ def verify(
     from .proof import prove, require_passed
     from .report import PAGE, require_folder, write_report
 
+    backend = chosen_backend(engine, backend, device, precision)
+    if is_encoder(engine):
+        if slide is not None or report is not None:
+            raise OptionError("--slide and --report are of STPath engines, not of tile encoders; leave them out")
+        _verify_encoder(engine, str(checkpoint), backend, device, precision)
+        return
     if report is not None:
         require_folder(report)
-    backend = chosen_backend(engine, backend, device, precision)
     given = [] if slide is None else [read_case(slide) if slide.suffix == ".npz" else read_slide(slide)]
     model, digest = _reference(checkpoint, engine)
     with progress_bar(f"prove {engine.name}") as on_step:
@@ -134,6 +142,19 @@ def verify(
             said = write_report(report, loaded, model, given, proof, options, source, on_step)
         typer.echo(f"{report / PAGE}: {said}")
     require_passed(proof)
+
+
+def _verify_encoder(encoder: Path, model: str, backend: str, device: str, precision: str | None) -> None:
+    """Repeat the proof of a tile encoder: its whole graph, on a backend."""
+    require(ENCODER_LIBRARIES, "features,export")
+    from stpath_runtime.cli.info import print_parts
+
+    from .encoders.proof import require_passed, verify
+
+    with progress_bar(f"prove {encoder.name}") as on_step:
+        report = verify(encoder, model, backend=backend, device=device, precision=precision, on_step=on_step)
+    print_parts(report, report_console())
+    require_passed(report)
 
 
 def _reference(checkpoint: Path, engine: Path) -> tuple[STPath, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,6 +12,9 @@ from typer.core import TyperGroup
 from ..errors import OptionError
 from ..files import require_writable, written_whole
 from ..progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..measures.bench.results import Results
 
 REGRESSION = 4  # the exit code
 MEASURE, COMPARE = "ENGINE", "compare"  # the first is what has no name
@@ -61,19 +64,22 @@ def measure(
         str | None, typer.Option(metavar="fp32|fp16|bf16", help="Only this one; left out: all that work here.")
     ] = None,
     genes: Annotated[int, typer.Option(metavar="N", min=1, help="Genes to decode.")] = 50,
+    tiles: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Of a tile encoder: tiles at once; left out: what it takes.")
+    ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Timed calls of each, in turn.")] = 5,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write bench.json, bench.md and pictures there.")
     ] = None,
 ) -> None:
-    """Measure an engine on this machine: seconds, memory and parity of each backend and precision that works here.
+    """Measure an engine or a tile encoder here: seconds, memory and parity of each backend and precision that works.
 
     Two results are compared by: stpath bench compare OLD NEW
     """
-    from ..manifest import Manifest
+    from ..manifest import Manifest, is_encoder
     from ..measures.bench.measure import measure_engine, ways_here
     from ..measures.bench.results import Row
-    from ..measures.bench.tables import print_table
+    from ..measures.bench.tiles import measure_encoder
     from .options import whole_numbers
 
     if attention is Attentions.GLOBAL and neighbors is not None:
@@ -82,12 +88,26 @@ def measure(
     if out is not None:
         _require_folder(out)
     ways = ways_here(engine, backend, precision)
+    if is_encoder(engine):
+        batches = whole_numbers(tiles, "--tiles", "1,8") if tiles is not None else []
+        with progress_bar(engine.name) as on_step:
+            measured = measure_encoder(engine, ways, batches, rounds, on_step)
+        _show(measured, out)
+        return
+    if tiles is not None:
+        raise OptionError(f"--tiles {tiles}: of a tile encoder, and {engine} is an STPath engine; give --spots")
     k = neighbors or Manifest.read(engine).model.neighbors or NEIGHBORS
     kinds = {"global": 0, "knn": k}
     asked = kinds if attention is Attentions.BOTH else {attention.value: kinds[attention.value]}
     todo = [Row("", attention=kind, neighbors=k, spots=n, genes=genes) for kind, k in asked.items() for n in sizes]
     with progress_bar(engine.name) as on_step:
         results = measure_engine(engine, ways, todo, rounds, on_step)
+    _show(results, out)
+
+
+def _show(results: Results, out: Path | None) -> None:
+    from ..measures.bench.tables import print_table
+
     print_table(results)
     if out is not None:
         typer.echo("\n".join(str(path) for path in _write(results, out)))
@@ -124,7 +144,7 @@ def _require_folder(out: Path) -> None:
     require_matplotlib()
 
 
-def _write(results: Any, out: Path) -> list[Path]:
+def _write(results: Results, out: Path) -> list[Path]:
     """Write the results, the table and the pictures; returns their paths."""
     from ..measures.bench.plots import plot_latency, plot_memory
     from ..measures.bench.tables import markdown

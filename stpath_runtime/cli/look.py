@@ -33,10 +33,10 @@ def plot(
 
 
 def info(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")]) -> None:
-    """Print what an engine is: its model, precision, checkpoint and proof of parity."""
-    from ..manifest import Manifest
+    """Print what an engine or a tile encoder is: its model, precision, checkpoint and proof of parity."""
+    from ..manifest import read_manifest
     from .info import print_manifest
 
-    manifest = Manifest.read(engine)
+    manifest = read_manifest(engine)
     manifest.check_files(engine)
     print_manifest(engine, manifest)

@@ -178,11 +178,11 @@ class TileEncoder:
     def _measured(self) -> int:
         """Run growing batches until they bring nothing, time is up, or memory does not hold more."""
         most, seconds = self._most(), {}
-        self._run(_noise(1, self.size))  # loads the graph
+        self._run(noise(1, self.size))  # loads the graph
         start = time.perf_counter()
         size = 1
         while size <= most:
-            tiles = _noise(size, self.size)
+            tiles = noise(size, self.size)
             tick = time.perf_counter()
             self._run(tiles)
             seconds[size] = (time.perf_counter() - tick) / size
@@ -267,7 +267,8 @@ def require_width(encoder: Encoder, expected: int, engine: str) -> None:
         )
 
 
-def _noise(n: int, size: int) -> Tiles:
+def noise(n: int, size: int) -> Tiles:
+    """Tiles [n, size, size, 3] of noise from a seed, to measure on."""
     return np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 

@@ -259,6 +259,7 @@ def _create(half: Path, source: TileSource, width: int, about: dict[str, Any]) -
         name = source.write(file)
         made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         made.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        made.set_obj_track_times(False)  # the same bytes whenever it is made
         made.set_fill_value(np.array(np.nan, DTYPE))
         space = h5py.h5s.create_simple((source.total, width))
         h5py.h5d.create(file.id, name.encode(), h5py.h5t.IEEE_F32LE, space, made)

@@ -12,11 +12,12 @@ import numpy as np
 
 from ..errors import BackendError, InputError, InputWarning, ParityError
 from ..machine import cpu_features, installed, nvidia_gpus
-from ..manifest import Manifest
+from ..manifest import is_encoder, read_manifest
 from ..progress import report_console
 from .agreement import relative_l2
 
 SPOTS, KNN = 300, 8  # spots of the slide that backends are compared on
+TILES = 3  # of noise, on which those of a tile encoder are compared
 BARS = {
     "fp32": 2e-5,
     "fp16": 2e-2,
@@ -60,7 +61,7 @@ def examine(engine: Path | None) -> None:
         If a backend's results differ by more than its precision allows.
     """
     if engine is not None:
-        Manifest.read(engine).check_files(engine)
+        read_manifest(engine).check_files(engine)
     gpus = nvidia_gpus()
     faults = {way: fault_of(way, gpus, engine) for way in WAYS}
     differs = compare(engine, [way for way in WAYS if faults[way] is None]) if engine is not None else {}
@@ -77,7 +78,8 @@ def examine(engine: Path | None) -> None:
 def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
     """How far each way is from ONNX Runtime on the CPU, and whether that is within BARS.
 
-    By relative L2 of all genes on one random slide from a seed; the larger of global and kNN attention.
+    By relative L2 of all genes on one random slide from a seed; the larger of global and kNN attention. Of a tile
+    encoder by that of the features of a few tiles.
     """
     if DEFAULT not in ways:
         return {}
@@ -86,15 +88,19 @@ def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
     for way in ways:
         pairs = zip(_expressions(engine, way), exact, strict=True)
         error = max(relative_l2(a, b) for a, b in pairs)
-        bar = BARS[way.precision or Manifest.read(engine).precision]
+        bar = BARS[way.precision or read_manifest(engine).precision]
         found[way] = (error, error <= bar)  # NaN is not
     return found
 
 
 def _expressions(engine: Path, way: Way) -> list[np.ndarray]:
     from ..engine import Engine
+    from ..images.encoder import TileEncoder, noise
     from ..slides.slide import Slide
 
+    if is_encoder(engine):
+        encoder = TileEncoder.load(engine, backend=way.backend, device=way.device, precision=way.precision)
+        return [encoder(noise(TILES, encoder.size))]
     loaded = Engine.load(engine, backend=way.backend, device=way.device, precision=way.precision)
     rng = np.random.default_rng(0)
     row, column = np.divmod(np.arange(SPOTS), int(np.sqrt(SPOTS)))
@@ -116,7 +122,7 @@ def fault_of(way: Way, gpus: list[str], engine: Path | None) -> str | None:
         if engine is not None:
             from ..backends import open_backend
 
-            open_backend(way.backend, engine, way.device, Manifest.read(engine).precision, way.precision)
+            open_backend(way.backend, engine, way.device, read_manifest(engine).precision, way.precision)
     except InputError as error:
         return str(error)
     return None
@@ -156,7 +162,13 @@ def _print(
         names = (way.backend, way.device.split(":")[0], way.precision or "the engine's", way.needs, found)
         table.add_row(*names, "-" if error is None else f"{error:.1e}", state)
     console.print(table)
-    if engine is not None:
+    if engine is not None and is_encoder(engine):
+        console.print(
+            f"Differs by: relative L2 of the features of {TILES} tiles of noise against ONNX Runtime on the CPU. The "
+            f"proof "
+            "against timm: stpath verify ENCODER --checkpoint MODEL --backend ..."
+        )
+    elif engine is not None:
         console.print(
             f"Differs by: relative L2 of all genes against ONNX Runtime on the CPU, on a random slide of {SPOTS} spots "
             "from a seed, global and kNN attention. The proof against PyTorch: stpath verify ENGINE --backend ..."

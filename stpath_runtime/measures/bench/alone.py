@@ -13,11 +13,12 @@ from time import perf_counter
 
 from ...errors import BackendError, InputWarning, MemoryLimitError
 from ...machine import memory_of_process
+from ...manifest import is_encoder
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the process does: load an engine, and predict genes of a random slide."""
+    """What the process does: load an engine, and predict genes of a random slide; or an encoder, and encode tiles."""
 
     engine: str
     spots: int
@@ -66,6 +67,8 @@ def _run(task: Task) -> Found:
     from ...engine import Engine
     from ...slides.slide import random_slide
 
+    if is_encoder(Path(task.engine)):
+        return _run_encoder(task)
     start = perf_counter()
     engine = Engine.load(Path(task.engine), backend=task.backend, device=task.device, precision=task.precision)
     load = perf_counter() - start
@@ -77,6 +80,19 @@ def _run(task: Task) -> Found:
     engine.decode(embedding, names)
     decoded = perf_counter()
     return Found(load, encoded - start, decoded - encoded, memory_of_process(), slide.features.nbytes)
+
+
+def _run_encoder(task: Task) -> Found:
+    """Features of as many tiles as the task has spots."""
+    from ...images.encoder import TileEncoder, noise
+
+    start = perf_counter()
+    encoder = TileEncoder.load(task.engine, backend=task.backend, device=task.device, precision=task.precision)
+    load = perf_counter() - start
+    tiles = noise(task.spots, encoder.size)
+    start = perf_counter()
+    encoder(tiles)
+    return Found(load, perf_counter() - start, 0.0, memory_of_process(), tiles.nbytes)
 
 
 if __name__ == "__main__":

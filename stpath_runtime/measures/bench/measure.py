@@ -17,7 +17,7 @@ from ...encoding.sizes import USUAL_KEYS
 from ...engine import Engine
 from ...errors import BackendError, InputError, InputWarning, OptionError
 from ...machine import nvidia_gpus
-from ...manifest import Manifest
+from ...manifest import read_manifest
 from ...progress import OnTile
 from ...slides.slide import random_slide
 from ..agreement import Floats, relative_l2
@@ -47,7 +47,7 @@ def ways_here(engine: Path, backend: str | None = None, precision: str | None = 
     BackendError
         If none of the ways works; the message says of each why not.
     """
-    manifest, gpus = Manifest.read(engine), nvidia_gpus()
+    manifest, gpus = read_manifest(engine), nvidia_gpus()
     ways = [replace(way, precision=way.precision or manifest.precision) for way in WAYS]
     asked = [way for way in ways if backend in (None, way.backend) and precision in (None, way.precision)]
     faults = {way: fault_of(way, gpus, engine) for way in asked}
@@ -105,7 +105,7 @@ def measure_engine(
                 loads[way] += [alone.load] if alone is not None else []
                 rows.append(row)
             rows += found
-    cold = [replace(_row("load", way, Row("")), seconds=tuple(seconds)) for way, seconds in loads.items() if seconds]
+    cold = [replace(row_of("load", way, Row("")), seconds=tuple(seconds)) for way, seconds in loads.items() if seconds]
     for what in ("first call", "encode"):
         if all(row.failed for row in rows if row.what == what):
             raise BackendError(f"{path}: nothing could be measured: {next(row.failed for row in rows if row.failed)}")
@@ -125,7 +125,7 @@ def _encode(
     embeddings: dict[Way, Floats] = {}
     failed = []
     for way, engine in engines.items():
-        row, call = _row("encode", way, replace(size, genes=0)), partial(embed, engine)
+        row, call = row_of("encode", way, replace(size, genes=0)), partial(embed, engine)
         try:
             embeddings[way] = call()
             calls[row] = call
@@ -136,7 +136,7 @@ def _encode(
     operations = roofline.encoder_operations(model, size.spots, keys)
     limit = peaks.seconds(operations, roofline.encoder_bytes(model, size.spots))
     timed = in_turn(calls, rounds, on_call)
-    return [*_held(timed, list(embeddings.values()), next(iter(engines)), limit), *failed], embeddings
+    return [*held(timed, list(embeddings.values()), next(iter(engines)), limit), *failed], embeddings
 
 
 def _decode(
@@ -146,22 +146,22 @@ def _decode(
     engine = next(iter(engines.values()))
     names = engine.vocabulary.ensembl_ids[: size.genes]
     calls = {
-        _row("decode", way, replace(size, attention="", neighbors=0)): partial(engines[way].decode, embedding, names)
+        row_of("decode", way, replace(size, attention="", neighbors=0)): partial(engines[way].decode, embedding, names)
         for way, embedding in embeddings.items()
     }
     expressions = [call() for call in calls.values()]
     model = engine.manifest.model
     operations = roofline.decoder_operations(model, size.spots, size.genes)
     limit = peaks.seconds(operations, roofline.decoder_bytes(model, size.spots, size.genes))
-    return _held(in_turn(calls, rounds), expressions, next(iter(engines)), limit)
+    return held(in_turn(calls, rounds), expressions, next(iter(engines)), limit)
 
 
-def _held(rows: Sequence[Row], outputs: Sequence[Floats], base: Way, limit: float) -> list[Row]:
+def held(rows: Sequence[Row], outputs: Sequence[Floats], base: Way, limit: float) -> list[Row]:
     """The rows with how far their outputs are from those of the base, and the limit of the machine's peaks."""
     if not rows:
         return []
     name = f"{base.backend} on {base.device}, {base.precision}"
-    exact = outputs[0] if rows[0].by == _row("", base, Row("")).by else None
+    exact = outputs[0] if rows[0].by == row_of("", base, Row("")).by else None
     return [
         replace(
             row,
@@ -175,7 +175,7 @@ def _held(rows: Sequence[Row], outputs: Sequence[Floats], base: Way, limit: floa
 
 def _alone(path: Path, way: Way, size: Row) -> tuple[Row, Found | None]:
     """The first call in a fresh process."""
-    row = _row("first call", way, size)
+    row = row_of("first call", way, size)
     try:
         found = run_alone(
             Task(
@@ -194,7 +194,8 @@ def _alone(path: Path, way: Way, size: Row) -> tuple[Row, Found | None]:
     return replace(row, seconds=(found.encode + found.decode,), peak_bytes=found.peak), found
 
 
-def _row(what: str, way: Way, size: Row) -> Row:
+def row_of(what: str, way: Way, size: Row) -> Row:
+    """A row of a size, by a way."""
     assert way.precision is not None  # ways_here gives it
     return replace(size, what=what, backend=way.backend, device=way.device, precision=way.precision)
 

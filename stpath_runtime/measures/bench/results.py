@@ -33,6 +33,7 @@ class Row:
     genes: int = 0
     context: int = 0  # spots with measured expression
     tile: int = 0  # rows of a block's tile; 0: as many as the engine takes by itself
+    tiles: int = 0  # of an image, at once
 
     seconds: tuple[float, ...] = ()  # of each round
     ratios: tuple[float, ...] = ()  # to the base row, which ran in the same rounds: pair by pair
@@ -82,6 +83,7 @@ class Row:
             f"{self.genes:,} genes" if self.genes else "",
             f"context of {self.context:,} spots" if self.context else "",
             f"tiles of {self.tile:,}" if self.tile else "",
+            f"{self.tiles:,} tiles" if self.tiles else "",
         )
         return ", ".join(part for part in parts if part)
 

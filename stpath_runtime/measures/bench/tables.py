@@ -21,7 +21,18 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Names of the columns, and their cells, as text; columns that would be empty are left out."""
     against = {row.parity for row in rows if row.parity}
     parity = f"relative L2 to {against.copy().pop()}" if len(against) == 1 else "relative L2"
-    names = ["what", "on", "by", "seconds", "spread", "times the base", "peak, GB", parity, "of the roofline"]
+    names = [
+        "what",
+        "on",
+        "by",
+        "seconds",
+        "spread",
+        "times the base",
+        "tiles/s",
+        "peak, GB",
+        parity,
+        "of the roofline",
+    ]
     cells = [
         [
             row.what,
@@ -30,6 +41,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             row.failed or three_digits(row.median),
             "" if row.spread is None else f"{row.spread:.0%}" + (", too wide" if row.too_wide else ""),
             _ratios(row),
+            f"{row.tiles / row.median:.3g}" if row.tiles and row.median else "",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
             ""
             if row.relative_l2 is None
