@@ -16,11 +16,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from stpath_runtime.errors import ParityError
+from stpath_runtime.errors import EncoderError, ParityError, warn
+from stpath_runtime.files import sha256
+from stpath_runtime.images.encoder import TileEncoder
 from stpath_runtime.manifest import ENCODER_GRAPH
 from stpath_runtime.measures.agreement import gene_pearson, relative_l2
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.slide import Slide
+from stpath_train.encoders import find_encoder
 
 from ..proof import L2_BAR, LOW_DTYPES, TIMES_TORCH
 from .graph import STATE, TILES, Parts
@@ -98,6 +101,61 @@ def prove(directory: Path, parts: Parts, on_step: OnTile | None = None, engine: 
     if engine is not None:
         report["expression"] = change_of_expression(engine, features["exact"], features["engine"])
     return report
+
+
+def verify(
+    directory: Path,
+    model: str,
+    *,
+    backend: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str | None = None,
+    on_step: OnTile | None = None,
+) -> Report:
+    """Hold an encoder that exists to timm in float64, its whole graph on a backend.
+
+    Parameters
+    ----------
+    model
+        What it was made from, as for `find_encoder`.
+    backend, device, precision
+        What runs it, as for `TileEncoder.load`. Below float32 the bar is twice what PyTorch errs in the same precision.
+
+    Raises
+    ------
+    InputError
+        If the encoder or the model is at fault, or they are not of one kind.
+    """
+    loaded = TileEncoder.load(directory, backend=backend, device=device, precision=precision)
+    encoder, made_of = find_encoder(model), loaded.manifest
+    if (encoder.architecture, encoder.width, encoder.depth) != (made_of.architecture, made_of.width, made_of.depth):
+        raise EncoderError(f"{model}: another encoder than {directory} was made from, {made_of.encoder}")
+    if sha256(encoder.weights.path) != made_of.weights["sha256"]:
+        warn(f"{encoder.weights.path} is not the file that {directory} was made from (SHA-256 differs)")
+    tiles = proof_tiles(encoder.size)
+    low_dtype = LOW_DTYPES.get(loaded.precision)
+    exact = encoder.normalized(torch.from_numpy(tiles))
+    low = exact.float()
+    with torch.inference_mode():
+        for done, part in enumerate(encoder.parts(torch.float64), 1):
+            exact = part(exact)
+            if on_step is not None:
+                on_step(done, encoder.depth + 3)
+        if low_dtype is not None:
+            with torch.autocast("cpu", dtype=low_dtype):
+                for part in encoder.parts(torch.float32):
+                    low = part(low).float()
+    found = loaded(tiles)
+    states = {"exact": exact.numpy(), "engine": found, "own": found}
+    row = _compare({**states, "low": low.numpy()} if low_dtype is not None else states)
+    return {
+        "passed": row["passed"],
+        "reference": "float64",
+        "precision": loaded.precision,
+        "backend": f"{backend} on {device}",
+        "tiles": len(tiles),
+        "parts": [{"part": "whole graph", **row}],
+    }
 
 
 def require_passed(report: Report) -> None:
