@@ -196,7 +196,7 @@ def find_encoder(name: str) -> EncoderModel:
         raise EncoderError(f"{name}: {what}; give {', '.join(KNOWN)}, hf-hub:OWNER/NAME, or a folder of the Hub")
     repo = known.repo if known is not None else name[len(HUB_PREFIXES[0]) :]
     known = known or next((one for one in KNOWN.values() if one.repo.lower() == repo.lower()), None)
-    return read_encoder(_fetched(repo), name, known)
+    return read_encoder(_fetched(repo), name.lower() if name.lower() in KNOWN else name, known)
 
 
 def read_encoder(folder: Path, name: str | None = None, known: Known | None = None) -> EncoderModel:
@@ -218,7 +218,11 @@ def read_encoder(folder: Path, name: str | None = None, known: Known | None = No
         raise EncoderError(
             f"{folder / CONFIG}: architecture, model_args or pretrained_cfg is missing or of another type"
         )
-    arguments = {**(known.arguments if known is not None else {}), **given, **_mlp(weights)}
+    arguments = {
+        **(known.arguments if known is not None else {}),
+        **given,
+        **(_mlp(weights) if architecture.startswith("vit") else {}),
+    }
     if "global_pool" not in arguments and isinstance(config.get("global_pool"), str):
         arguments["global_pool"] = config["global_pool"]
     arguments.pop("num_classes", None)

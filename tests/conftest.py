@@ -15,7 +15,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from helpers import GOLDEN_CASES, Golden, load_golden, write_symbol_table
+from helpers import GOLDEN_CASES, Golden, load_golden, write_encoder, write_symbol_table
+from stpath_export.encoders.exporter import export_encoder
 from stpath_export.exporter import export_engine, write_engine
 from stpath_train.checkpoint import seeded_checkpoint
 
@@ -112,6 +113,18 @@ def tiny_bf16_engine(tiny, made_once) -> Path:
         write_engine(tiny.model, tiny.vocabulary, folder / "engine", "bf16", {"name": "tiny.pth", "sha256": "0" * 64})
 
     return made_once("tiny_context_bf16", fill) / "engine"
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(made_once) -> Path:
+    """A small Gigapath as the Hub has it, of as many features as the tiny model takes."""
+    return made_once("encoder_folder", write_encoder)
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(encoder_folder, made_once) -> Path:
+    """Its engine, fp32, proven."""
+    return made_once("tiny_encoder", lambda f: export_encoder(str(encoder_folder), f / "encoder")) / "encoder"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from anndata import AnnData
 
 from stpath_runtime.backends.openvino import process_core
@@ -170,3 +171,48 @@ def require_bf16() -> None:
     """Skip the test on a CPU on which OpenVINO has no bfloat16."""
     if "BF16" not in process_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this CPU has no bfloat16")
+
+
+CROP = Path(__file__).parents[1] / "stpath_runtime" / "data" / "CMU-1-Small-Region-crop.svs"
+GIGAPATH = ("vit_giant_patch14_dinov2", {"patch_size": 16, "init_values": 1e-5, "mlp_ratio": 5.33334})
+SMALL = {"img_size": 224, "embed_dim": 96, "depth": 2, "num_heads": 4}
+
+
+def write_encoder(folder: Path, architecture: str = GIGAPATH[0], more: dict | None = None, **layers) -> Path:
+    """A tile encoder as the Hub has it, small, of random weights from a seed: every norm, scale and bias matters."""
+    import timm
+    from safetensors.torch import save_file
+
+    arguments = {**SMALL, **(GIGAPATH[1] if more is None else more)}
+    torch.manual_seed(0)
+    model = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments, **layers).eval()
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if "gamma" in name or ("norm" in name and name.endswith("weight")):
+                weights.uniform_(0.5, 1.5)  # 1e-5, as they begin, would make each block the identity
+            elif weights.ndim == 2:
+                weights.normal_(0, weights.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                weights.normal_(0, 0.1)
+            elif "token" in name or "pos" in name:
+                weights.normal_(0, 0.5)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    facts = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "license": "apache-2.0"}
+    config = {"architecture": architecture, "model_args": arguments, "pretrained_cfg": facts}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def by_timm(folder: Path, tiles: np.ndarray, **layers) -> np.ndarray:
+    """What timm's own model of such a folder gives for tiles uint8 [n, S, S, 3], in float64: [n, F] or [n, T, d]."""
+    import timm
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    model = timm.create_model(config["architecture"], num_classes=0, **config["model_args"], **layers)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    facts = config["pretrained_cfg"]
+    pixels = (tiles / 255 - np.array(facts["mean"])) / np.array(facts["std"])
+    with torch.inference_mode():
+        return model.eval().double()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()

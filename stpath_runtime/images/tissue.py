@@ -8,7 +8,7 @@ not. Sources: the masks of CLAM (https://github.com/mahmoodlab/CLAM); Otsu, IEEE
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,8 +188,6 @@ def _pieces(mask: Mask, least: float) -> npt.NDArray[np.int32]:
 
 def _outlined(path: Path, shape: tuple[int, int], scale: float, size: tuple[int, int]) -> Mask:
     """The areas of a GeoJSON file; their holes are no tissue."""
-    from PIL import Image, ImageDraw
-
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         areas = list(_areas(content))
@@ -208,14 +206,36 @@ def _outlined(path: Path, shape: tuple[int, int], scale: float, size: tuple[int,
             f"and "
             f"the image has {size[0]:,} x {size[1]:,} pixels; it is of another image, or not in pixels of level 0"
         )
-    whole = np.zeros(shape, bool)
-    for outer, *holes in areas:
-        canvas = Image.new("1", (shape[1], shape[0]))
-        draw = ImageDraw.Draw(canvas)
-        for ring, fill in ((outer, 1), *((hole, 0) for hole in holes)):
-            draw.polygon([(x / scale - 0.5, y / scale - 0.5) for x, y in np.asarray(ring, float)[:, :2]], fill=fill)
-        whole |= np.asarray(canvas)
-    return whole
+    mask = np.zeros(shape, bool)
+    for rings in areas:
+        mask |= filled([np.asarray(ring, float)[:, :2] / scale for ring in rings], shape)
+    return mask
+
+
+def filled(rings: Sequence[npt.NDArray[np.float64]], shape: tuple[int, int]) -> Mask:
+    """The pixels [h, w] whose centres are inside of an area, of which the rings [N, 2] (x, y) are outline and holes.
+
+    A centre is inside if a line to its left crosses the rings an odd number of times.
+
+    Examples
+    --------
+    >>> filled([np.array([[0, 0], [2, 0], [2, 1], [0, 1]])], (2, 3)).astype(int).tolist()
+    [[1, 1, 0], [0, 0, 0]]
+    """
+    mask = np.zeros(shape, bool)
+    start = np.concatenate(rings)
+    end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
+    low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
+    first, last = max(0, int(low.min() - 0.5)), min(shape[0], int(high.max() + 1))
+    for row in range(first, last):
+        y = row + 0.5
+        crossed = (low <= y) & (y < high)
+        (x0, y0), (x1, y1) = start[crossed].T, end[crossed].T
+        ends = np.sort(x0 + (y - y0) / (y1 - y0) * (x1 - x0))
+        columns = np.clip(np.ceil(ends - 0.5), 0, shape[1]).astype(int)
+        for left, right in zip(columns[::2], columns[1::2], strict=True):
+            mask[row, left:right] ^= True
+    return mask
 
 
 def _areas(content: Any) -> Iterator[list[list[list[float]]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,25 @@ from typing import Any
 from ..errors import FileError, SlideError
 from ..slides.slide import Patch
 from ..slides.vocabulary import nearest_names
-from .sources import KINDS, PIXELS, PLUGINS, SCALES, Parts, Source, check_size, chunk_count, patch_sizes, reading
+from .sources import (
+    KINDS,
+    PIXELS,
+    PLUGINS,
+    SCALES,
+    Parts,
+    Source,
+    check_size,
+    chunk_count,
+    patch_sizes,
+    reading,
+    warn_of_resize,
+)
 
 FEATURES = ("embeddings", "features")  # STPath and HEST; TRIDENT and CLAM
 BARCODES = ("barcodes", "barcode")
 SECTION = "section"
+ENCODER_INPUT = "patch_encoder_img_size"  # as TRIDENT calls what its encoder takes
+OURS = "preprocessing"  # an attribute of files that `stpath features` writes, which resizes nothing
 MOST_LINKS = 100_000
 HEAP = b"GCOL\x01\0\0\0"  # how a global heap begins, in which HDF5 keeps texts
 LARGEST_SEARCHED = 2**30  # bytes
@@ -169,7 +184,11 @@ def read_features(source: Source, features_key: str | None) -> Parts:
         and (names := source.array(SECTION)).dtype.kind in "SO"
     ):
         sections = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
-    return Parts(coords, features, barcodes, _patch(source.attributes("coords"), path), sections)
+    patch = _patch(source.attributes("coords"), path)
+    if patch is not None and OURS not in source.attributes():
+        said = {**source.attributes(), **source.attributes(name), **source.attributes("coords")}
+        warn_of_resize(path, "TRIDENT", patch, features.shape[-1], _encoder(said, path), said.get(ENCODER_INPUT))
+    return Parts(coords, features, barcodes, patch, sections)
 
 
 def _features_name(source: Source, features_key: str | None) -> str:
@@ -193,6 +212,14 @@ def _features_name(source: Source, features_key: str | None) -> str:
             f"{path}: no features; expected a dataset {' or '.join(map(repr, FEATURES))}, found: {source.listed('')}"
         )
     return names[0]
+
+
+def _encoder(said: Mapping[str, Any], path: Path) -> str | None:
+    """What a TRIDENT file's features are by: it keeps them in a folder features_ENCODER, which it names, too."""
+    if isinstance(said.get("encoder"), str):
+        return str(said["encoder"])
+    found = re.search(r"features_([\w.-]+)", f"{said.get('savetodir')} {path.absolute().parent}")
+    return found[1] if found is not None else None
 
 
 def _patch(attributes: Mapping[str, Any], path: Path) -> Patch | None:

@@ -32,6 +32,7 @@ PLUGINS = (
     "write it again with gzip, or install hdf5plugin and set HDF5_PLUGIN_PATH to its folder of plugins "
     "(python -c 'import hdf5plugin; print(hdf5plugin.PLUGIN_PATH)')"
 )
+CROPPED, GIGAPATH = 224, 1_536  # pixels that Gigapath takes, and its features
 PIXELS, SCALES = (1, 10**6), (0.01, 1000)  # what a side in pixels, and a magnification or microns a pixel, can be
 
 
@@ -318,6 +319,39 @@ def patch_sizes(
         else:
             warn_ignored(path, f"{where.format(name)} is {shortened(value)}")
     return found
+
+
+def warn_of_resize(path: Path, tool: str, patch: Patch, width: int, encoder: str | None, input_pixels: Any) -> None:
+    """Warn where a tool's file betrays that its patches were resized before the encoder saw them.
+
+    TRIDENT and LazySlide resize to 256 pixels and cut out the middle 224 before Gigapath, as its authors do: of a patch
+    of 224 pixels it then sees 7/8 of the side. Neither says so, but the size of the patches tells.
+
+    Parameters
+    ----------
+    width
+        Of the features.
+    encoder
+        What computed them, as the file says; None: it says nothing.
+    input_pixels
+        What the file says that the encoder took; None: it says nothing.
+    """
+    see = "docs/features.md has the right call"
+    if isinstance(input_pixels, int | np.integer) and not isinstance(input_pixels, bool) and input_pixels > 0:
+        if input_pixels != patch.pixels:
+            warn(
+                f"{path}: its patches of {patch.pixels} pixels were resized to {input_pixels} before the encoder, "
+                f"which saw "
+                f"{patch.microns / int(input_pixels):.2f} um a pixel; STPath was trained at 0.5: {see}"
+            )
+        return
+    is_gigapath = width == GIGAPATH if encoder is None else "gigapath" in encoder.lower()
+    if patch.pixels == CROPPED and is_gigapath:
+        warn(
+            f"{path}: patches of {CROPPED} pixels by {tool}, which resizes them to 256 and cuts out {CROPPED} before "
+            f"Gigapath, unless it is told not to: the encoder saw {patch.microns * CROPPED / 256:.0f} um, not "
+            f"{patch.microns:.0f}; {see}"
+        )
 
 
 def shortened(value: object) -> str:

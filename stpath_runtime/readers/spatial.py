@@ -13,7 +13,18 @@ from ..errors import FileError, InstallError, SlideError
 from ..slides.slide import Patch
 from ..slides.vocabulary import nearest_names
 from .elements import dense, read_names
-from .sources import PIXELS, SCALES, Parts, check_size, patch_sizes, reading, shortened, warn_ignored, width_of
+from .sources import (
+    PIXELS,
+    SCALES,
+    Parts,
+    check_size,
+    patch_sizes,
+    reading,
+    shortened,
+    warn_ignored,
+    warn_of_resize,
+    width_of,
+)
 from .zarrs import ZarrSource
 
 LAZYSLIDE = {"height": PIXELS, "width": PIXELS, "mpp": SCALES, "base_downsample": SCALES}
@@ -49,7 +60,10 @@ def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
             f"{source.path}: the table {table!r} annotates no shapes and has no obsm['spatial']; give a table whose "
             "rows have a place"
         )
-    return Parts(coords, dense(source, f"{folder}/{key}"), read_names(source, f"{folder}/obs"), patch)
+    features = dense(source, f"{folder}/{key}")
+    if patch is not None and features.ndim == 2:
+        warn_of_resize(source.path, "LazySlide", patch, features.shape[1], table, None)
+    return Parts(coords, features, read_names(source, f"{folder}/obs"), patch)
 
 
 def _features(source: ZarrSource, features_key: str | None) -> tuple[str, str]:

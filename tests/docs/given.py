@@ -108,9 +108,9 @@ def _write_slides(folder: Path) -> None:
     (folder / "features").mkdir()
     for i, name in enumerate(("INT2", "INT3", "TENX96")):
         write_slide(_slide(i)[0], folder / "features" / f"{name}.h5")
-    trident = folder / "trident" / "20x_224px_0px_overlap" / "features_gigapath" / "INT2.h5"
+    trident = folder / "trident" / "20x_256px_32px_overlap" / "features_gigapath" / "INT2.h5"
     trident.parent.mkdir(parents=True)
-    attributes = TRIDENT_COORDS | {"patch_size": 224, "patch_size_level0": 448}
+    attributes = TRIDENT_COORDS | {"patch_size": 256, "patch_size_level0": 512, "overlap": 32}
     write_trident(trident, slide.features.astype(np.float16), slide.coords, attributes)
     tables = {"gigapath_tiles": make_table(range(SPOTS), slide.features)}
     write_spatialdata(folder / "slide.zarr", tables, {"tiles": make_tiles(slide.coords)})

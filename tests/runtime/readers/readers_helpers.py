@@ -35,8 +35,8 @@ TRIDENT_COORDS = {  # trident.IO.coords_to_h5
     "level0_height": 4096,
 }
 TILE_SPEC = {  # wsidata's TileSpec.to_dict()
-    "height": 224,
-    "width": 224,
+    "height": 256,
+    "width": 256,
     "stride_height": 224,
     "stride_width": 224,
     "mpp": 0.5,

@@ -31,7 +31,7 @@ def test_a_table_of_tiles(name, version, tmp_path):
     assert slide.obs_names == [str(i) for i in ORDER]
     np.testing.assert_array_equal(slide.features, FEATURES[ORDER])
     np.testing.assert_array_equal(slide.coords, COORDS[ORDER])
-    assert slide.patch == Patch(224, 20, 448, 40)
+    assert slide.patch == Patch(256, 20, 512, 40)
     assert slide.technology == "Visium"
 
 
@@ -214,12 +214,12 @@ def test_without_the_extra(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spec", "patch"),
     [
-        ({"tiles": TILE_SPEC | {"base_downsample": None}}, Patch(224, 20)),
+        ({"tiles": TILE_SPEC | {"base_downsample": None}}, Patch(256, 20)),
         ({"tiles": TILE_SPEC | {"mpp": None}}, None),
         ({"tissues": TILE_SPEC}, None),
         (  # wsidata of old
-            {"tiles": {"height": 224, "width": 224, "raw_height": 448, "raw_width": 448, "level": 0, "mpp": 0.5}},
-            Patch(224, 20),
+            {"tiles": {"height": 256, "width": 256, "raw_height": 512, "raw_width": 512, "level": 0, "mpp": 0.5}},
+            Patch(256, 20),
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_tile_specs_that_tell_less(spec, patch, tmp_path):
         ({"tiles": TILE_SPEC | {"mpp": 0}}, "mpp in tile_spec of 'tiles' is 0;"),
         ({"tiles": TILE_SPEC | {"mpp": "half"}}, "mpp in tile_spec of 'tiles' is 'half'"),
         ({"tiles": TILE_SPEC | {"mpp": float("nan")}}, "mpp in tile_spec of 'tiles' is (nan|'NaN')"),
-        ({"tiles": TILE_SPEC | {"width": 256}}, "is of 256 x 224 pixels, not a square"),
+        ({"tiles": TILE_SPEC | {"width": 224}}, "is of 224 x 256 pixels, not a square"),
         ({"tiles": TILE_SPEC | {"width": 10**400}}, "width in tile_spec"),
     ],
 )
