@@ -149,10 +149,13 @@ def _write(results: Results, out: Path) -> list[Path]:
     from ..measures.bench.plots import plot_latency, plot_memory
     from ..measures.bench.tables import markdown
 
-    paths = [out / name for name in ("bench.json", "bench.md", "latency.png", "memory.png")]
+    names = ["bench.json", "bench.md"]
+    names += ["latency.png", "memory.png"] if any(row.spots for row in results.rows) else []
+    paths = [out / name for name in names]
     results.write(paths[0])
     with written_whole(paths[1]) as partial:
         partial.write_text(markdown(results), encoding="utf-8", errors="backslashreplace")
-    plot_latency(results, paths[2])
-    plot_memory(results, paths[3])
+    if len(paths) > 2:
+        plot_latency(results, paths[2])
+        plot_memory(results, paths[3])
     return paths

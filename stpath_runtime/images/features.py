@@ -87,6 +87,9 @@ class _Batch:
     parts: list[Future[Tiles]]
 
 
+_Item = _Batch | _Work | Exception | None  # None: there are no more
+
+
 def extract(
     jobs: Iterable[Job], encoder: Encoder, *, batch_size: int | None = None, on_batch: Any = None
 ) -> Generator[Made, None, None]:
@@ -102,19 +105,24 @@ def extract(
         Called with the job, the number of its tiles that are done, and in all.
     """
     with ExitStack() as stack:
+        opened: list[_Work] = []
+        stack.callback(_close, opened)  # where it ends early
         threads = max(2, len(os.sched_getaffinity(0)))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        feed: queue.Queue[_Batch | _Work | None] = queue.Queue(AHEAD)
+        feed: queue.Queue[_Item] = queue.Queue(AHEAD)
         stop = threading.Event()
         planner = threading.Thread(
-            target=_plan, args=(jobs, encoder, batch_size, pool, threads, feed, stop), daemon=True
+            target=_plan, args=(jobs, encoder, batch_size, pool, threads, feed, opened, stop), daemon=True
         )
         planner.start()
         stack.callback(planner.join)
         stack.callback(stop.set)
         while (item := feed.get()) is not None:
+            if isinstance(item, Exception):
+                raise item
             if isinstance(item, _Work):
+                opened.remove(item)
                 yield _ended(item)
             elif item.work.error is None:
                 try:
@@ -188,37 +196,45 @@ def _plan(
     batch_size: int | None,
     pool: ThreadPoolExecutor,
     threads: int,
-    feed: queue.Queue[_Batch | _Work | None],
+    feed: queue.Queue[_Item],
+    opened: list[_Work],
     stop: threading.Event,
 ) -> None:
     """Open slides, find their tiles, and have them read, as far ahead as the queue goes."""
 
-    def put(item: _Batch | _Work | None) -> None:
+    def put(item: _Item) -> None:
         while not stop.is_set():
             with suppress(queue.Full):
                 feed.put(item, timeout=0.1)
                 return
 
-    for job in jobs:
-        if stop.is_set():
-            return
-        work = _Work(job)
-        try:
-            with warnings_to(work.warnings.append):
-                _begin(work, encoder, batch_size)
-            if work.source is not None:
-                for start in range(work.first, work.total, work.batch):
-                    if work.error is not None:  # in an earlier batch
-                        break
-                    end = min(start + work.batch, work.total)
-                    step = max(1, math.ceil((end - start) / (2 * threads)))
-                    parts = [
-                        pool.submit(work.source.read, low, min(low + step, end)) for low in range(start, end, step)
-                    ]
-                    put(_Batch(work, start, end, parts))
-        except Exception as error:  # the consumer says it of this slide
-            work.error = error
-        put(work)
+    def read(work: _Work) -> None:
+        """Have the tiles read that are to be encoded."""
+        assert work.source is not None
+        for start in range(work.first, work.total, work.batch):
+            if work.error is not None or stop.is_set():  # in an earlier batch
+                break
+            end = min(start + work.batch, work.total)
+            step = max(1, math.ceil((end - start) / (2 * threads)))
+            parts = [pool.submit(work.source.read, low, min(low + step, end)) for low in range(start, end, step)]
+            put(_Batch(work, start, end, parts))
+
+    try:
+        for job in jobs:
+            if stop.is_set():
+                return
+            work = _Work(job)
+            opened.append(work)
+            try:
+                with warnings_to(work.warnings.append):
+                    _begin(work, encoder, batch_size)
+                if work.source is not None:
+                    read(work)
+            except Exception as error:  # the consumer says it of this slide
+                work.error = error
+            put(work)
+    except Exception as error:  # of the jobs
+        put(error)
     put(None)
 
 
@@ -308,6 +324,12 @@ def _ended(work: _Work) -> Made:
             os.fsync(work.handle)
             work.job.half.replace(work.job.target)
     return Made(work.job, work.total, work.source.view if work.source is not None else None, warnings=warnings)
+
+
+def _close(works: Sequence[_Work]) -> None:
+    """Close the sources and files of works."""
+    for work in works:
+        work.open.close()
 
 
 def _kept(error: Exception, item: _Batch) -> Exception:

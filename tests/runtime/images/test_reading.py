@@ -15,7 +15,8 @@ from stpath_runtime.images.reading import on_background, open_image
 
 OME = (
     '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0"><Pixels '
-    'DimensionOrder="XYCZT" ID="Pixels:0" SizeC="{c}" SizeT="1" SizeX="1400" SizeY="1000" SizeZ="1" Type="uint8" {size}>'
+    'DimensionOrder="XYCZT" ID="Pixels:0" SizeC="{c}" SizeT="1" SizeX="1400" SizeY="1000" SizeZ="1" Type="uint8" '
+    "{size}>"
     '<Channel ID="Channel:0:0" SamplesPerPixel="{c}"/><TiffData/></Pixels></Image></OME>'
 )
 
@@ -23,7 +24,7 @@ OME = (
 def test_the_real_crop_is_read_as_openslide_reads_it():
     with open_image(CROP) as image, openslide.OpenSlide(CROP) as slide:
         assert image.microns_a_pixel == 0.499
-        assert [level.size for level in image.levels] == list(slide.level_dimensions) == [(1120, 1344), (560, 672)]
+        assert [level.size for level in image.levels] == list(slide.level_dimensions) == [(1124, 1350), (562, 675)]
         for level, x, y in ((0, 301, 77), (1, 400, 600)):
             by_hand = np.asarray(slide.read_region((x, y), level, (224, 200)).convert("RGB"))
             np.testing.assert_array_equal(image.read(level, x, y, 224, 200), by_hand)
