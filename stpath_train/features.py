@@ -159,6 +159,7 @@ def load_encoder(name: str, weights: str | Path | None = None, device: str = "cp
         "weights": f"sha256 {sha256(Path(weights))}" if weights is not None else _hub_name(name),
         "preprocessing": f"{PREPROCESSING} (mean {_shown(mean)}, std {_shown(std)})",
         "dtype": DTYPE,
+        "timm": timm.__version__,
     }
     return TimmEncoder(model, where, tuple(mean), tuple(std), name, shape[1], about)
 

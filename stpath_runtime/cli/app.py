@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _with_pieces(given: list[str]) -> list[str]:
     """The words, with --sections that names no column naming the pieces of tissue."""
     filled: list[str] = []
-    for word, following in zip(given, [*given[1:], "-"], strict=True):
+    for word, following in zip(given, [*given[1:], "-"], strict=False):
         filled += [word, PIECES] if word == "--sections" and following.startswith("-") else [word]
     return filled
 

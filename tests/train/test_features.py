@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 
 from stpath_runtime.cli.app import main
 from stpath_runtime.errors import InputError, InputWarning
+from stpath_runtime.images.features import Job, extract_one, find_targets
+from stpath_runtime.images.sources import check_patches
 from stpath_runtime.readers import read_slide
-from stpath_train.features import ENCODERS, IMAGENET, check_patches, extract, find_targets, load_encoder
+from stpath_train.features import ENCODERS, IMAGENET, load_encoder
 
 MODEL = "test_resnet"  # of timm, 0.4 M parameters; mean and std are 0.5
 
@@ -42,6 +44,10 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def encoder(weights):
     return load_encoder(MODEL, weights)
+
+
+def extract(patches, out, encoder, batch_size=64, on_batch=None):
+    return extract_one(Job(patches, out), encoder, batch_size, on_batch).total
 
 
 def write_patches(path: Path, n: int = 7, height: int = 224, width: int = 224, seed: int = 0) -> Path:
@@ -129,11 +135,13 @@ def test_a_run_that_was_killed_goes_on(tmp_path, weights, encoder):
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parents[1]), *sys.path]!r}
 import conftest  # declares what torchvision lacks
-from stpath_train.features import extract, load_encoder
+from stpath_runtime.images.features import Job, extract_one
+from stpath_train.features import load_encoder
+from pathlib import Path
 def on_batch(done, total):
     if done >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
-extract({str(patches)!r}, {str(out)!r}, load_encoder({MODEL!r}, {str(weights)!r}), 2, on_batch)
+extract_one(Job(Path({str(patches)!r}), Path({str(out)!r})), load_encoder({MODEL!r}, {str(weights)!r}), 2, on_batch)
 """
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert not out.exists()
@@ -150,7 +158,7 @@ def test_a_file_begun_with_other_settings_or_damaged_starts_over(tmp_path, weigh
         extract(patches, out, encoder, 2, stop_at(4))
     write_patches(patches, seed=1)
     batches = []
-    with pytest.warns(InputWarning, match="begun with other patches; it starts over"):
+    with pytest.warns(InputWarning, match="begun with other tiles; it starts over"):
         extract(patches, out, encoder, 2, lambda *counts: batches.append(counts))
     assert batches[0] == (2, 7)
     with h5py.File(patches) as file:
@@ -165,10 +173,10 @@ def test_another_file_is_not_overwritten(tmp_path, encoder):
     patches, out = write_patches(tmp_path / "a.h5"), tmp_path / "out.h5"
     extract(patches, out, encoder)
     write_patches(patches, seed=1)
-    with pytest.raises(InputError, match="exists, and is of other patches"):
+    with pytest.raises(InputError, match="exists, and is of other tiles"):
         extract(patches, out, encoder)
     out.write_text("something else")
-    with pytest.raises(InputError, match="exists, and is of other encoder, weights, preprocessing, dtype, patches"):
+    with pytest.raises(InputError, match="exists, and is of other encoder, weights, preprocessing, dtype, timm, tiles"):
         extract(patches, out, encoder)
 
 
@@ -253,7 +261,7 @@ def without(path: Path, name: str, instead=None) -> Path:
 )
 def test_faults_of_a_patches_file_are_named(tmp_path, make, message):
     with pytest.raises(InputError, match=message):
-        check_patches(make(tmp_path / "a.h5"))
+        check_patches(make(tmp_path / "a.h5"), 224)
 
 
 def test_targets(tmp_path):
@@ -261,11 +269,10 @@ def test_targets(tmp_path):
     assert find_targets([a], tmp_path / "x.h5") == [tmp_path / "x.h5"]
     assert find_targets([a, b], tmp_path / "out") == [tmp_path / "out" / "a.h5", tmp_path / "out" / "b.h5"]
     for patches, out, message in [
-        ([a, b], tmp_path / "x.h5", "one file for 2 patches files"),
+        ([a, b], tmp_path / "x.h5", "one file for 2 slides"),
         ([a, c], tmp_path / "out", "would both be written to"),
         ([a, b], tmp_path / "one", "would overwrite the patches"),
         ([a], a, "would overwrite the patches"),
-        ([a, tmp_path / "d.h5"], tmp_path / "out", "no such patches file"),
     ]:
         with pytest.raises(InputError, match=message):
             find_targets(patches, out)
