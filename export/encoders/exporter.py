@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ import onnx_ir as ir
 
 from stpath_runtime.errors import EncoderError, OptionError, OutputError
 from stpath_runtime.files import require_writable, sha256, written_whole
+from stpath_runtime.machine import installed
 from stpath_runtime.manifest import (
     ENCODER_GRAPH,
     ENCODER_MANIFEST,
@@ -31,7 +31,7 @@ from .proof import Report, prove, require_passed
 if TYPE_CHECKING:
     from stpath_runtime.engine import Engine
 
-LIBRARIES = ("stpath-engine", "torch", "onnx", "onnx_ir", "onnxruntime", "numpy")
+LIBRARIES = ("stpath-engine", "torch", "timm", "onnx", "onnx_ir", "onnxruntime", "numpy")
 
 
 def export_encoder(
@@ -61,16 +61,47 @@ def export_encoder(
     ParityError
         If it misses the bar; nothing is left at `out`.
     """
-    if precision not in PRECISIONS:
-        raise OptionError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    require_free(out)
+    return publish_encoder(find_encoder(name), out, precision, engine, on_step)
+
+
+def require_free(out: Path) -> None:
+    """Check that nothing is at `out`, and that it can be written.
+
+    Raises
+    ------
+    InputError
+        If it is not so.
+    """
     if out.exists():
         raise OutputError(f"{out}: exists already; remove it or choose another folder")
     require_writable(out)
-    encoder = find_encoder(name)
+
+
+def publish_encoder(
+    encoder: EncoderModel,
+    out: Path,
+    precision: str = "fp32",
+    engine: Engine | None = None,
+    on_step: OnTile | None = None,
+) -> EncoderManifest:
+    """The same of an encoder that is read already.
+
+    Raises
+    ------
+    InputError
+        If the precision is unknown, or the engine takes features of another width.
+    ParityError
+        If it misses the bar; nothing is left at `out`.
+    """
+    if precision not in PRECISIONS:
+        raise OptionError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if engine is not None and engine.manifest.model.n_features != encoder.width:
         raise EncoderError(
-            f"{name}: gives {encoder.width:,} features, and {engine.path} takes {engine.manifest.model.n_features:,}; "
-            "leave out --engine, or give an engine of a model that was trained on this encoder"
+            f"{encoder.name}: gives {encoder.width:,} features, and {engine.path} takes "
+            f"{engine.manifest.model.n_features:,}; leave out --engine, or give an engine of a model that was trained "
+            f"on "
+            "this encoder"
         )
     with written_whole(out) as directory:
         directory.mkdir()
@@ -84,8 +115,6 @@ def export_encoder(
 
 
 def _manifest(encoder: EncoderModel, parts: Parts, directory: Path, report: Report) -> EncoderManifest:
-    import timm
-
     microns = encoder.microns_a_pixel
     files = sorted(path for path in directory.iterdir() if path.name != ENCODER_MANIFEST)
     return EncoderManifest(
@@ -108,7 +137,7 @@ def _manifest(encoder: EncoderModel, parts: Parts, directory: Path, report: Repo
         weights={"name": encoder.weights.path.name, "sha256": sha256(encoder.weights.path)},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files={path.name: sha256(path) for path in files},
-        versions={name: version(name) for name in LIBRARIES} | {"timm": timm.__version__},
+        versions={name: found for name in LIBRARIES if (found := installed(name)) is not None},
         parity=report,
     )
 

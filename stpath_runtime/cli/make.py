@@ -46,8 +46,11 @@ def triton(
     engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
     out: Annotated[Path, typer.Option(metavar="MODEL_REPOSITORY", help="The folder to make.")],
     device: Annotated[str, typer.Option(help="Where Triton runs it: cpu or cuda:N.")] = "cpu",
+    encoder: Annotated[
+        Path | None, typer.Option(metavar="ENCODER", help="A tile encoder's folder, for a model that takes tiles, too.")
+    ] = None,
 ) -> None:
     """Write a model repository for a Triton Inference Server."""
     from ..serving.repository import write_model_repository
 
-    typer.echo(f"{out}: {', '.join(write_model_repository(engine, out, device))}")
+    typer.echo(f"{out}: {', '.join(write_model_repository(engine, out, device, encoder))}")

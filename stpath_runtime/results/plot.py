@@ -25,6 +25,8 @@ SMALLEST_DOT = 1.3  # points
 PANEL_INCHES = 3.2
 DOTS_PER_INCH = 110
 UNITS = "log1p counts"
+OVER_TISSUE = 0.75  # opacity of spots
+Tissue = tuple[npt.NDArray[Any], float]  # a picture [h, w, 3], and how many of its pixels are one of the coordinates
 
 
 def require_matplotlib() -> None:
@@ -63,14 +65,23 @@ def plot_genes(adata: AnnData, genes: Sequence[str], path: Path, title: str = ""
         )
     x = adata.X if x is None else x
     values = {gene: _dense(x[:, columns[gene]]) for gene in genes}
-    draw_maps(np.asarray(adata.obsm["spatial"]), values, path, title)
+    draw_maps(np.asarray(adata.obsm["spatial"]), values, path, title, tissue=_tissue(adata))
 
 
 def draw_maps(
-    coords: npt.NDArray[Any], values: Mapping[str, npt.NDArray[Any]], path: Path, title: str = "", units: str = UNITS
+    coords: npt.NDArray[Any],
+    values: Mapping[str, npt.NDArray[Any]],
+    path: Path,
+    title: str = "",
+    units: str = UNITS,
+    tissue: Tissue | None = None,
 ) -> None:
-    """Draw one map a value, all on the same spots [N, 2], and write them as PNG; y grows downwards, as in the slide."""
+    """Draw one map a value, all on the same spots [N, 2], and write them as PNG; y grows downwards, as in the slide.
+
+    With a picture of the tissue it is drawn below, and first alone.
+    """
     require_matplotlib()
+    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     coords = coords.astype(float)
@@ -81,22 +92,30 @@ def draw_maps(
     low, high = coords.min(axis=0) - room, coords.max(axis=0) + room
     width, height = high - low
     scale = PANEL_INCHES / np.sqrt(width * height)  # inches a unit: every panel has the same area
-    columns = _columns(len(values))
-    rows = -(-len(values) // columns)
+    count = len(values) + (tissue is not None)
+    columns = _columns(count)
+    rows = -(-count // columns)
     size = (columns * (scale * width + 0.8), rows * (scale * height + 0.4) + (0.4 if title else 0))
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(
         textwrap.shorten(shown(title), max(20, int(size[0] * 11)), placeholder=" …"), fontsize=11, parse_math=False
     )
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    if tissue is not None:
+        first = panels.pop(0)
+        first.set_title("H&E", fontsize=11)
+        _draw_tissue(first, tissue, low, high)
+        figure.colorbar(ScalarMappable(), ax=first, fraction=0.06, pad=0.02, shrink=0.8).ax.set_visible(False)
     points = max(diameter * scale * 72, SMALLEST_DOT)
     for axes, (name, value) in zip(panels, values.items(), strict=False):
         bottom, top = np.percentile(value, [1, 99])
         if top - bottom < 1e-6:  # a gene that is the same everywhere
             bottom, top = bottom - 0.5, bottom + 0.5
+        if tissue is not None:
+            _draw_tissue(axes, tissue, low, high)
         drawn = axes.scatter(
             coords[:, 0], coords[:, 1], c=value, s=points**2, cmap="magma", vmin=bottom, vmax=top,
-            linewidths=0, rasterized=True,
+            linewidths=0, rasterized=True, alpha=1 if tissue is None else OVER_TISSUE,
         )  # fmt: skip
         axes.set_title(shown(name), fontsize=11, style="italic", parse_math=False)
         axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal")  # y grows downwards
@@ -110,6 +129,21 @@ def draw_maps(
         axes.set_axis_off()
     with written_whole(path) as partial:
         figure.savefig(partial, dpi=DOTS_PER_INCH, format="png", facecolor="white")
+
+
+def _tissue(adata: AnnData) -> Tissue | None:
+    """The tissue of a prediction from an image, and its pixels to one of level 0; None if there is none."""
+    for library in adata.uns.get("spatial", {}).values():
+        return np.asarray(library["images"]["hires"]), float(library["scalefactors"]["tissue_hires_scalef"])
+    return None
+
+
+def _draw_tissue(axes: Any, tissue: Tissue, low: npt.NDArray[Any], high: npt.NDArray[Any]) -> None:
+    pixels, scale = tissue
+    height, width = (side / scale for side in pixels.shape[:2])
+    axes.imshow(pixels, extent=(0, width, height, 0))
+    axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), aspect="equal")
+    axes.set_axis_off()
 
 
 def _columns(panels: int) -> int:

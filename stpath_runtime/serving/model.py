@@ -1,4 +1,6 @@
-"""The model `stpath` of a Triton Inference Server: `stpath triton` copies this file there as model.py.
+"""The models `stpath` and `stpath_tiles` of a Triton Inference Server: `stpath triton` copies this file to model.py.
+
+The first takes features, the second tiles, of which the encoder beside its engine makes features.
 
 It runs in a process of Triton's Python backend, which gives it `triton_python_backend_utils`, and whose Python has
 `stpath_runtime`. An engine of the runtime does the work, so the numbers are those of `Engine.predict`; see
@@ -17,6 +19,7 @@ import triton_python_backend_utils as pb_utils
 
 from stpath_runtime import Engine, Slide
 from stpath_runtime.errors import GeneError, InputError, MemoryLimitError, SlideError
+from stpath_runtime.images.encoder import TileEncoder
 from stpath_runtime.slides.slide import text
 
 ALL_GENES = "all"
@@ -40,6 +43,10 @@ class TritonPythonModel:
         # The warm-up would load the graphs, too; but a server whose warm-up fails may die without a word (2.51 does).
         spot = Slide(np.zeros((1, 2)), np.zeros((1, self.engine.manifest.model.n_features), np.float32))
         self.engine.decode(self.engine.embed(spot), self.engine.vocabulary.ensembl_ids[:1])
+        self.encoder: TileEncoder | None = None
+        if (encoder := engine.with_name("encoder")).is_dir():
+            self.encoder = TileEncoder.load(encoder, device=self.engine.backend.device)
+            self.encoder(np.zeros((1, self.encoder.size, self.encoder.size, 3), np.uint8))
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer each request, with an error of one line where its input is at fault."""
@@ -65,6 +72,8 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Free what the engine holds; Triton calls this as it unloads the model."""
         self.engine.close()
+        if self.encoder is not None:
+            self.encoder.close()
 
     def _predict(self, request: Any) -> tuple[npt.NDArray[np.float32], list[str]]:
         """Expression [N, G] of a request, and the gene of each column: each once, in the order asked."""
@@ -72,11 +81,19 @@ class TritonPythonModel:
         if not names:
             raise GeneError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
         genes = None if names == [ALL_GENES] else names
-        panel, features = self.engine.vocabulary.panel(genes), _array(request, "features")
-        _check_size(len(features), len(panel))  # errors are found before the work
+        panel, given = (
+            self.engine.vocabulary.panel(genes),
+            _array(request, "features" if self.encoder is None else "tiles"),
+        )
+        coords = _array(request, "coords")
+        _check_size(len(given), len(panel))  # errors are found before the work
+        if len(coords) != len(given):
+            raise SlideError(
+                f"{len(given):,} rows of features or tiles but {len(coords):,} of coords; give one of each a spot"
+            )
         slide = Slide(
-            coords=_array(request, "coords"),  # [N, 2]
-            features=features,  # [N, F]
+            coords=coords,  # [N, 2]
+            features=given if self.encoder is None else self.encoder(given),  # [N, F], of tiles [N, S, S, 3]
             organ=_one_text(request, "organ"),
             technology=_one_text(request, "technology"),
             name="request",
@@ -96,7 +113,7 @@ def _array(request: Any, name: str) -> npt.NDArray[Any]:
     """An input of numbers; Triton lets a request pass that lacks one, where others are optional."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
-        raise SlideError(f"the input {name!r} is missing; give features, coords and genes")
+        raise SlideError(f"the input {name!r} is missing; give it with coords and genes")
     array: npt.NDArray[Any] = tensor.as_numpy()
     return array
 

@@ -9,6 +9,11 @@
         config.pbtxt           that was trained to attend by kNN)
         1/model.onnx, weights.bin
     stpath_tokens/             the graph that gives the gene rows that the fused graph takes, there too
+    stpath_tiles/              with a tile encoder: as stpath, but of uint8 tiles instead of features
+        config.pbtxt
+        warmup/genes
+        1/model.py
+        1/engine/, 1/encoder/
 
 Source of the format: https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto.
 """
@@ -26,7 +31,8 @@ from ..encoding.sizes import BLOCK
 from ..engine import Engine
 from ..errors import DeviceError, OutputError
 from ..files import link_or_copy, require_writable, written_whole
-from ..manifest import MANIFEST, WEIGHTS
+from ..images.encoder import TileEncoder, require_width
+from ..manifest import ENCODER_MANIFEST, MANIFEST, WEIGHTS
 
 VERSION = "1"
 DATA_TYPES = {  # ONNX Runtime's names -> Triton's
@@ -37,7 +43,9 @@ DATA_TYPES = {  # ONNX Runtime's names -> Triton's
 }
 
 
-def write_model_repository(engine: str | Path, out: str | Path, device: str = "cpu") -> list[str]:
+def write_model_repository(
+    engine: str | Path, out: str | Path, device: str = "cpu", encoder: str | Path | None = None
+) -> list[str]:
     """Write a Triton model repository that holds all it needs of an engine.
 
     The engine's files are linked (hard links) where the file system can, else copied; as an engine's files are never
@@ -51,6 +59,8 @@ def write_model_repository(engine: str | Path, out: str | Path, device: str = "c
         The folder to make.
     device
         Where Triton runs the models: "cpu" or "cuda:N"; "cuda" is "cuda:0". It need not be there now.
+    encoder
+        A tile encoder's folder, for a model that takes tiles; None: there is none.
 
     Returns
     -------
@@ -69,15 +79,20 @@ def write_model_repository(engine: str | Path, out: str | Path, device: str = "c
         raise OutputError(f"{out}: exists already; remove it or choose another folder")
     require_writable(out)
     loaded = Engine.load(engine)
+    tiles = TileEncoder.load(encoder) if encoder is not None else None
+    if tiles is not None:
+        require_width(tiles, loaded.manifest.model.n_features, str(engine))
     fused = "fused_knn" if loaded.manifest.model.attention == "knn" else "fused"
     with written_whole(out) as partial:
         _write_python_model(loaded, partial / "stpath", instances)
         for graph in (fused, "tokens"):
             _write_onnx_model(loaded.path / f"{graph}.onnx", partial / f"stpath_{graph}", instances)
-    return ["stpath", f"stpath_{fused}", "stpath_tokens"]
+        if tiles is not None:
+            _write_python_model(loaded, partial / "stpath_tiles", instances, tiles)
+    return ["stpath", f"stpath_{fused}", "stpath_tokens", *(["stpath_tiles"] if tiles is not None else [])]
 
 
-def _write_python_model(engine: Engine, folder: Path, instances: str) -> None:
+def _write_python_model(engine: Engine, folder: Path, instances: str, encoder: TileEncoder | None = None) -> None:
     version = folder / VERSION
     for name in (MANIFEST, *engine.manifest.files):
         link_or_copy(engine.path / name, version / "engine" / name)
@@ -85,9 +100,13 @@ def _write_python_model(engine: Engine, folder: Path, instances: str) -> None:
     gene = engine.vocabulary.ensembl_ids[0].encode()
     (folder / "warmup").mkdir()
     (folder / "warmup" / "genes").write_bytes(len(gene).to_bytes(4, "little") + gene)  # Triton's form of a string
-    n_features = engine.manifest.model.n_features
+    shape, name, data_type = [engine.manifest.model.n_features], "features", "TYPE_FP32"
+    if encoder is not None:
+        for file in (ENCODER_MANIFEST, *encoder.manifest.files):
+            link_or_copy(encoder.path / file, version / "encoder" / file)
+        shape, name, data_type = [encoder.size, encoder.size, 3], "tiles", "TYPE_UINT8"
     tensors = [
-        _tensor("input", "features", "TYPE_FP32", [-1, n_features]),
+        _tensor("input", name, data_type, [-1, *shape]),
         _tensor("input", "coords", "TYPE_FP64", [-1, 2]),  # holds pixels, whole, and micrometres
         _tensor("input", "genes", "TYPE_STRING", [-1]),
         _tensor("input", "organ", "TYPE_STRING", [1], " optional: true"),
@@ -95,7 +114,13 @@ def _write_python_model(engine: Engine, folder: Path, instances: str) -> None:
         _tensor("output", "expression", "TYPE_FP32", [-1, -1]),
         _tensor("output", "columns", "TYPE_STRING", [-1]),
     ]
-    _write_config(folder, 'backend: "python"', tensors, instances, _warmup(n_features))
+    _write_config(
+        folder,
+        'backend: "python"',
+        tensors,
+        instances,
+        _warmup(name, data_type, shape, BLOCK if encoder is None else 1),
+    )
 
 
 def _write_onnx_model(graph: Path, folder: Path, instances: str) -> None:
@@ -136,18 +161,18 @@ def _instance_group(device: str) -> str:
     return f"instance_group {{ count: 1 kind: KIND_GPU gpus: [ {int(match[1] or 0)} ] }}"
 
 
-def _warmup(n_features: int) -> str:
-    """A request of a block of random spots that Triton runs before the model is ready: no user's is the first."""
+def _warmup(name: str, data_type: str, shape: Sequence[int], spots: int) -> str:
+    """A request of random spots that Triton runs before the model is ready: no user's is the first."""
     return "\n".join(
         [
             "model_warmup {",
             '  name: "first_request"',
             "  batch_size: 1",
             *(
-                f'  inputs {{ key: "{name}" value {{ data_type: {data_type} dims: {dims} {data} }} }}'
-                for name, data_type, dims, data in (
-                    ("features", "TYPE_FP32", [BLOCK, n_features], "random_data: true"),
-                    ("coords", "TYPE_FP64", [BLOCK, 2], "random_data: true"),
+                f'  inputs {{ key: "{end}" value {{ data_type: {kind} dims: {dims} {data} }} }}'
+                for end, kind, dims, data in (
+                    (name, data_type, [spots, *shape], "random_data: true"),
+                    ("coords", "TYPE_FP64", [spots, 2], "random_data: true"),
                     ("genes", "TYPE_STRING", [1], 'input_data_file: "genes"'),
                 )
             ),

@@ -38,13 +38,14 @@ def free_ports() -> tuple[int, int]:
 
 
 def start(repository: Path, log: Path) -> Triton:
-    """Start a server on this machine alone. Its Python backend is the one that it has, so only `stpath` is loaded."""
+    """Start a server on this machine alone, with the models of its Python backend, the only one that it has."""
     http, grpc = free_ports()
     command = [
         str(SERVER / "bin" / "tritonserver"),
         f"--model-repository={repository}",
         f"--backend-directory={SERVER / 'backends'}",
-        *("--model-control-mode=explicit", "--load-model=stpath"),
+        "--model-control-mode=explicit",
+        *(f"--load-model={name}" for name in ("stpath", "stpath_tiles") if (repository / name).is_dir()),
         *("--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1", f"--grpc-port={grpc}"),
         *("--allow-metrics=false", "--exit-timeout-secs=10", "--log-verbose=1"),
     ]

@@ -13,6 +13,7 @@ from servers import running, start, stop
 from helpers import copy_with_knn, texts
 from stpath_runtime import Engine, Slide
 from stpath_runtime.files import sha256
+from stpath_runtime.images.encoder import TileEncoder
 from stpath_runtime.manifest import Manifest
 from stpath_runtime.serving.repository import write_model_repository
 
@@ -53,7 +54,7 @@ def inputs_of(slide: Slide, *genes: str) -> dict[str, np.ndarray]:
     return inputs | {key: texts(name) for key, name in names.items() if name is not None}
 
 
-def ask(server, protocol: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def ask(server, protocol: str, inputs: dict[str, np.ndarray], model: str = "stpath") -> np.ndarray:
     """One request, by a client of its own."""
     triton = PROTOCOLS[protocol]
     tensors = []
@@ -63,7 +64,7 @@ def ask(server, protocol: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
         tensors.append(tensor)
     client = triton.InferenceServerClient(getattr(server, protocol))
     try:
-        return client.infer("stpath", tensors).as_numpy("expression")
+        return client.infer(model, tensors).as_numpy("expression")
     finally:
         client.close()
 
@@ -84,6 +85,28 @@ def test_served_slides_have_the_engines_numbers(server, engine, protocol, spots,
         expected = engine.predict(slide, genes=genes).X
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_tiles_are_served_as_their_features_are(engine, tiny_encoder, protocol, tmp_path):
+    if engine.manifest.model.attention != "global":
+        pytest.skip("once is enough")
+    write_model_repository(engine.path, tmp_path / "models", encoder=tiny_encoder)
+    rng = np.random.default_rng(0)
+    tiles, coords = rng.integers(0, 256, (9, 224, 224, 3), dtype=np.uint8), rng.uniform(0, 9_000, (9, 2))
+    with TileEncoder.load(tiny_encoder) as encoder:
+        slide = Slide(coords, encoder(tiles))
+    with running(tmp_path / "models", tmp_path / "log") as server:
+        inputs = {"tiles": tiles, "coords": coords, "genes": texts(*PANEL)}
+        found = ask(server, protocol, inputs, "stpath_tiles")
+        np.testing.assert_allclose(found, engine.predict(slide, genes=PANEL).X, rtol=1e-4, atol=1e-5)
+        for wrong, words in (
+            ({"tiles": tiles[:3]}, "3 rows of features or tiles but 9 of coords"),
+            ({"genes": texts("GENE_")}, "unknown gene"),
+        ):
+            with pytest.raises(utils.InferenceServerException, match=words):
+                ask(server, protocol, inputs | wrong, "stpath_tiles")
+        assert_answers(server, engine, protocol)  # beside it
 
 
 def test_concurrent_clients_get_each_their_own_answer(server, engine):

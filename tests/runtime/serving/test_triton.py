@@ -20,6 +20,7 @@ from stpath_runtime import Engine, InputError, Slide
 from stpath_runtime.cli.app import main
 from stpath_runtime.encoding.attention import NearestSpots, Spots, keys_of
 from stpath_runtime.errors import InputWarning
+from stpath_runtime.images.encoder import TileEncoder
 from stpath_runtime.serving import repository as triton
 from stpath_runtime.serving.repository import write_model_repository
 
@@ -253,6 +254,37 @@ def test_served_model_gives_the_engines_numbers(engine, served, slide):
     assert first.tensors[1].array.tolist() == [b"GENE7", b"ALIAS3"]
     np.testing.assert_array_equal(second.tensors[0].array, engine.predict(plain).X)
     assert second.tensors[0].array.dtype == np.float32
+
+
+def test_tiles_are_served_as_their_features_are(tiny_engine, tiny_encoder, served, tmp_path):
+    names = write_model_repository(tiny_engine, tmp_path / "models", encoder=tiny_encoder)
+    assert names[-1] == "stpath_tiles"
+    config = (tmp_path / "models" / "stpath_tiles" / "config.pbtxt").read_text()
+    assert tensors(config, "input")["tiles"] == ("TYPE_UINT8", [-1, 224, 224, 3])
+    model = type(served)()
+    folder = {"model_repository": str(tmp_path / "models" / "stpath_tiles"), "model_version": "1"}
+    model.initialize({**folder, "model_instance_kind": "CPU", "model_instance_device_id": "0"})
+    rng = np.random.default_rng(0)
+    tiles, coords = rng.integers(0, 256, (5, 224, 224, 3), dtype=np.uint8), rng.uniform(0, 9_000, (5, 2))
+    request = {"tiles": tiles, "coords": coords, "genes": texts("GENE3")}
+    good, bad = model.execute(
+        [
+            {name: Tensor(name, array) for name, array in each.items()}
+            for each in (request, request | {"coords": coords[:2]})
+        ]
+    )
+    with TileEncoder.load(tiny_encoder) as encoder:
+        expected = Engine.load(tiny_engine).predict(Slide(coords, encoder(tiles)), genes=["GENE3"])
+    np.testing.assert_allclose(good.tensors[0].array, expected.X, rtol=1e-5, atol=1e-6)
+    assert "5 rows of features or tiles but 2 of coords" in bad.error.message
+    model.finalize()
+
+
+def test_an_encoder_of_another_width_is_refused(tiny_encoder, tmp_path, golden_engine):
+    if Engine.load(golden_engine).manifest.model.n_features == 96:
+        pytest.skip("of the same width")
+    with pytest.raises(InputError, match="gives 96 features, and"):
+        write_model_repository(golden_engine, tmp_path / "models", encoder=tiny_encoder)
 
 
 @pytest.mark.parametrize(

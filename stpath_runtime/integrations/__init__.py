@@ -1,0 +1,1 @@
+"""Engines within other tools."""
