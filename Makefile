@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRITON := $(VENV)/triton
+LAZYSLIDE := $(VENV)/lazyslide
 LOWEST := $(abspath $(VENV)/lowest)
 
-.PHONY: demo demo-checkpoint test test-lowest test-soak test-docs test-triton docs lint types bench bench-quick dist setup clean
+.PHONY: demo demo-checkpoint test test-lowest test-soak test-docs test-triton test-lazyslide docs lint types bench bench-quick dist setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
@@ -43,6 +44,10 @@ docs: $(INSTALLED)
 # Slides from a real Triton server.
 test-triton: $(TRITON)/.installed
 	$(BIN)/pytest -n 0 -m triton tests/triton_server
+
+# Engines within LazySlide.
+test-lazyslide: $(LAZYSLIDE)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m lazyslide tests/lazyslide
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -87,10 +92,18 @@ $(LOWEST)/.installed: $(INSTALLED) tests/lowest.py
 $(TRITON)/.installed: $(INSTALLED)
 	/usr/bin/python3.11 -m venv $(TRITON)
 	grep -v -e ^numpy= -e ^zarr= constraints.txt > $(TRITON)/constraints.txt
+	$(BIN)/python tests/lowest.py --all-but-numpy > $(TRITON)/needs.txt
 	$(TRITON)/bin/pip install -q -c $(TRITON)/constraints.txt 'numpy<2' nvidia-pytriton==0.7.0 \
-		'tritonclient[http,grpc]==2.73.0' -e '.[cpu]'
+		'tritonclient[http,grpc]==2.73.0' -r $(TRITON)/needs.txt
+	$(TRITON)/bin/pip install -q --no-deps -e .
 	cd $(TRITON)/lib/python3.11/site-packages/pytriton/tritonserver && \
 		cp python_backend_stubs/3.11/triton_python_backend_stub backends/python
+	touch $@
+
+# LazySlide needs versions of its own of much that the tests have.
+$(LAZYSLIDE)/.installed: $(INSTALLED)
+	$(PYTHON) -m venv $(LAZYSLIDE)
+	$(LAZYSLIDE)/bin/pip install -q -c constraints.txt lazyslide==0.13.0 lazyslide-models==0.1.0 -e '.[cpu,wsi]'
 	touch $@
 
 clean:

@@ -1,8 +1,7 @@
 """Engines in LazySlide: its own calls, on any number of tiles.
 
->>> from stpath_runtime.integrations.lazyslide import STPath, TileModel  # doctest: +SKIP
->>> zs.tl.feature_extraction(wsi, TileModel("gigapath"))  # doctest: +SKIP
->>> zs.tl.feature_prediction(wsi, STPath("engine", organ="Kidney", genes=["GATA3"]))  # doctest: +SKIP
+    zs.tl.feature_extraction(wsi, TileModel("gigapath", name="gigapath"))
+    zs.tl.feature_prediction(wsi, STPath("engine", organ="Kidney", genes=["GATA3"]))
 
 Source of the interface: `FeaturePredictionModelProtocol` and `ImageModelProtocol` of lazyslide-models 0.1.
 """

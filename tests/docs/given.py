@@ -6,6 +6,7 @@ Names, sizes of features and layouts are those of the real ones.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from anndata import AnnData
 from readers_helpers import TRIDENT_COORDS, make_table, make_tiles, write_spatialdata, write_trident
 from scipy.sparse import csr_matrix
 
-from helpers import write_slide
+from helpers import CROP, write_slide
+from stpath_export.encoders.exporter import publish_encoder
 from stpath_export.exporter import export_engine
 from stpath_runtime.manifest import ModelConfig
 from stpath_runtime.slides.sample import load_sample
@@ -24,6 +26,7 @@ from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabular
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.cohort import MARKERS
 from stpath_train.prepare import prepare
+from stpath_train.small_encoder import write_small_encoder
 from stpath_train.sources import Layout
 
 SPOTS, WIDTH = 64, 1536
@@ -53,6 +56,7 @@ def fill(folder: Path) -> None:
     _write_hest(folder / "hest")
     _write_bench(folder / "hest-bench")
     _write_slides(folder)
+    _write_images(folder)
     features = folder / "hest" / "features"
     prepare(folder / "hest", Layout.HEST, folder / "store", features=features, label="disease_state")
     metadata = folder / "hest" / "HEST_v1_1_0.csv"
@@ -72,6 +76,20 @@ def _slide(i: int) -> tuple[Slide, AnnData]:
     obs = pd.DataFrame({"region": where, "annotation": where}, index=barcodes)
     adata = AnnData(csr_matrix(counts.astype(np.float32)), obs, pd.DataFrame(index=GENES))
     return Slide(sample.coords[order], features, barcodes), adata
+
+
+def _write_images(folder: Path) -> None:
+    """A slide image, a folder of one, the spots of one, and an encoder of random weights in the place of Gigapath's."""
+    publish_encoder(write_small_encoder(folder / "weights.safetensors"), folder / "gigapath")
+    (folder / "slides").mkdir()
+    for name in ("slide.svs", "slides/a.svs"):
+        shutil.copy(CROP, folder / name)
+    rows = [
+        f"{barcode},1,0,{i},{200 + 120 * (i // 8)},{200 + 100 * (i % 8)}"
+        for i, barcode in enumerate(_slide(0)[0].obs_names)
+    ]
+    head = "barcode,in_tissue,array_row,array_col,pxl_row_in_fullres,pxl_col_in_fullres"
+    (folder / "tissue_positions.csv").write_text("\n".join([head, *rows]) + "\n")
 
 
 def _write_hest(folder: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import stpath_export
 import stpath_runtime
 import stpath_train
-from helpers import write_slide
+from helpers import CROP, write_slide
 
 pytestmark = pytest.mark.docs
 
@@ -34,7 +34,7 @@ def modules() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def names(tiny, tiny_engine, tmp_path_factory):
+def names(tiny, tiny_engine, tiny_encoder, tmp_path_factory):
     """What an example may name without making it: an engine, a slide and their files, and NumPy."""
     _, slide, _ = tiny.slides()[0]
     slide = stpath_runtime.Slide(slide.coords, slide.features, slide.barcodes, name="slide")
@@ -43,6 +43,8 @@ def names(tiny, tiny_engine, tmp_path_factory):
     return folder, {
         "engine": stpath_runtime.Engine.load(tiny_engine),
         "engine_path": tiny_engine,
+        "encoder_path": tiny_encoder,
+        "image_path": CROP,
         "slide": slide,
         "slide_path": "s.h5",
         "np": np,

@@ -44,6 +44,7 @@ NOT_RUN = [
     (r"^stpath bench compare ", "what it finds of two runs beside other tests is noise", check_parses),
     (r"^stpath .*--device cuda", "needs an NVIDIA GPU", check_parses),
     (r"^stpath .*--ray auto", "needs a Ray cluster and a folder that its machines share", check_parses),
+    (r"^stpath export-encoder gigapath", "fetches gigabytes from a page with terms", check_parses),
     (r"^stpath data download", "fetches gigabytes from a page with terms", check_parses),
     (r"^stpath bench compare", "takes results of two runs; tests of its own", check_parses),
     (r"^stpath .*--backend NAME", "a name to be filled in", check_parses),
