@@ -7,27 +7,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
+import timm_here  # noqa: F401, before anything imports timm
 from helpers import GOLDEN_CASES, Golden, load_golden, write_encoder, write_symbol_table
 from stpath_export.encoders.exporter import export_encoder
 from stpath_export.exporter import export_engine, write_engine
 from stpath_train.checkpoint import seeded_checkpoint
-
-# timm and torchvision are where the Makefile puts them. torchvision's wheels on the package index are built for CUDA:
-# beside a PyTorch for the CPU they load only if the operators that they lack are declared.
-sys.path.append(str(Path(sys.prefix) / "features"))
-if "+cpu" in torch.__version__ and find_spec("torchvision") and "+cpu" not in version("torchvision"):
-    TORCHVISION = torch.library.Library("torchvision", "DEF")
-    TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 
 # A shell lets what it starts in the background ignore Ctrl-C, as nohup does SIGHUP, and so do all its children.
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

@@ -87,10 +87,8 @@ class TritonPythonModel:
         )
         coords = _array(request, "coords")
         _check_size(len(given), len(panel))  # errors are found before the work
-        if len(coords) != len(given):
-            raise SlideError(
-                f"{len(given):,} rows of features or tiles but {len(coords):,} of coords; give one of each a spot"
-            )
+        if self.encoder is not None and len(coords) != len(given):
+            raise SlideError(f"{len(given):,} tiles but {len(coords):,} rows of coords; give one of each a spot")
         slide = Slide(
             coords=coords,  # [N, 2]
             features=given if self.encoder is None else self.encoder(given),  # [N, F], of tiles [N, S, S, 3]

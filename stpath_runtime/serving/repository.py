@@ -2,7 +2,7 @@
 
     stpath/                    runs slides of any size as `Engine` does, in Triton's Python backend
         config.pbtxt
-        warmup/genes           the gene that the warm-up asks for
+        warmup/                the request of the warm-up
         1/model.py             a copy of stpath_runtime/serving/model.py
         1/engine/              the engine
     stpath_fused/              the graph of all stages, in Triton's ONNX Runtime backend (stpath_fused_knn for a model
@@ -11,7 +11,7 @@
     stpath_tokens/             the graph that gives the gene rows that the fused graph takes, there too
     stpath_tiles/              with a tile encoder: as stpath, but of uint8 tiles instead of features
         config.pbtxt
-        warmup/genes
+        warmup/
         1/model.py
         1/engine/, 1/encoder/
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from ..encoding.sizes import BLOCK
 from ..engine import Engine
 from ..errors import DeviceError, OutputError
 from ..files import link_or_copy, require_writable, written_whole
-from ..images.encoder import TileEncoder, require_width
+from ..images.encoder import TileEncoder, noise, require_width
 from ..manifest import ENCODER_MANIFEST, MANIFEST, WEIGHTS
+from ..slides.slide import random_slide
 
 VERSION = "1"
 DATA_TYPES = {  # ONNX Runtime's names -> Triton's
@@ -100,11 +101,16 @@ def _write_python_model(engine: Engine, folder: Path, instances: str, encoder: T
     gene = engine.vocabulary.ensembl_ids[0].encode()
     (folder / "warmup").mkdir()
     (folder / "warmup" / "genes").write_bytes(len(gene).to_bytes(4, "little") + gene)  # Triton's form of a string
+    # Triton's own random data are random bits, among them NaN.
+    spots = random_slide(BLOCK, engine.manifest.model.n_features, 0) if encoder is None else random_slide(1, 1, 0)
+    (folder / "warmup" / "coords").write_bytes(spots.coords.astype("<f8").tobytes())
     shape, name, data_type = [engine.manifest.model.n_features], "features", "TYPE_FP32"
     if encoder is not None:
         for file in (ENCODER_MANIFEST, *encoder.manifest.files):
             link_or_copy(encoder.path / file, version / "encoder" / file)
         shape, name, data_type = [encoder.size, encoder.size, 3], "tiles", "TYPE_UINT8"
+    given = spots.features.astype("<f4") if encoder is None else noise(1, encoder.size)
+    (folder / "warmup" / name).write_bytes(given.tobytes())
     tensors = [
         _tensor("input", name, data_type, [-1, *shape]),
         _tensor("input", "coords", "TYPE_FP64", [-1, 2]),  # holds pixels, whole, and micrometres
@@ -119,7 +125,13 @@ def _write_python_model(engine: Engine, folder: Path, instances: str, encoder: T
         'backend: "python"',
         tensors,
         instances,
-        _warmup(name, data_type, shape, BLOCK if encoder is None else 1),
+        _warmup(
+            {
+                name: (data_type, given.shape),
+                "coords": ("TYPE_FP64", spots.coords.shape),
+                "genes": ("TYPE_STRING", (1,)),
+            }
+        ),
     )
 
 
@@ -161,21 +173,10 @@ def _instance_group(device: str) -> str:
     return f"instance_group {{ count: 1 kind: KIND_GPU gpus: [ {int(match[1] or 0)} ] }}"
 
 
-def _warmup(name: str, data_type: str, shape: Sequence[int], spots: int) -> str:
-    """A request of random spots that Triton runs before the model is ready: no user's is the first."""
-    return "\n".join(
-        [
-            "model_warmup {",
-            '  name: "first_request"',
-            "  batch_size: 1",
-            *(
-                f'  inputs {{ key: "{end}" value {{ data_type: {kind} dims: {dims} {data} }} }}'
-                for end, kind, dims, data in (
-                    (name, data_type, [spots, *shape], "random_data: true"),
-                    ("coords", "TYPE_FP64", [spots, 2], "random_data: true"),
-                    ("genes", "TYPE_STRING", [1], 'input_data_file: "genes"'),
-                )
-            ),
-            "}",
-        ]
-    )
+def _warmup(inputs: Mapping[str, tuple[str, Sequence[int]]]) -> str:
+    """A request that Triton runs before the model is ready, of the files in `warmup`: no user's is the first."""
+    lines = ["model_warmup {", '  name: "first_request"', "  batch_size: 1"]
+    for name, (data_type, dims) in inputs.items():
+        data = f'data_type: {data_type} dims: {list(dims)} input_data_file: "{name}"'
+        lines.append(f'  inputs {{ key: "{name}" value {{ {data} }} }}')
+    return "\n".join([*lines, "}"])

@@ -16,10 +16,10 @@ import numpy as np
 import openslide
 import pandas as pd
 import pytest
-from images_helpers import tissue_pixels, write_png, write_svs
 from PIL import Image
 
 from helpers import CROP, by_timm, relative_l2, without_coverage
+from images_helpers import tissue_pixels, write_png, write_svs
 from stpath_runtime.cli.app import main
 from stpath_runtime.errors import EncoderError, ImageError, InputError, InputWarning
 from stpath_runtime.images.encoder import TileEncoder

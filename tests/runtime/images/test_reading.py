@@ -6,10 +6,10 @@ import numpy as np
 import openslide
 import pytest
 import tifffile
-from images_helpers import tissue_pixels, write_png, write_svs, write_tiff
 from PIL import Image
 
 from helpers import CROP
+from images_helpers import tissue_pixels, write_png, write_svs, write_tiff
 from stpath_runtime.errors import InputError, InputWarning
 from stpath_runtime.images.reading import on_background, open_image
 

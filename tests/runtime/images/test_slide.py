@@ -10,9 +10,9 @@ import anndata
 import h5py
 import numpy as np
 import pytest
-from images_helpers import tissue_pixels, write_svs
 
 from helpers import CROP, without_coverage
+from images_helpers import tissue_pixels, write_svs
 from stpath_runtime.cli.app import main
 from stpath_runtime.engine import Engine
 from stpath_runtime.readers import read_slide

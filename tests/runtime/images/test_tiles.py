@@ -7,9 +7,9 @@ import openslide
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images_helpers import tissue_pixels, write_svs
 
 from helpers import CROP
+from images_helpers import tissue_pixels, write_svs
 from stpath_runtime.errors import InputWarning
 from stpath_runtime.images.reading import open_image
 from stpath_runtime.images.tiles import TileReader, resampled

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from images_helpers import tissue_pixels, write_svs
 from PIL import Image
 
 from helpers import CROP
+from images_helpers import tissue_pixels, write_svs
 from stpath_runtime.errors import InputError
 from stpath_runtime.images.grid import grid_over
 from stpath_runtime.images.reading import open_image

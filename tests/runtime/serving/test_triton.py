@@ -60,7 +60,8 @@ def test_repository_holds_all_it_needs(engine, repository):
     files = {str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()}
     onnx_models = {fused_name(engine), "stpath_tokens"}
     assert files == {
-        *("stpath/config.pbtxt", "stpath/warmup/genes", "stpath/1/model.py", "stpath/1/engine/engine.json"),
+        *("stpath/config.pbtxt", "stpath/1/model.py", "stpath/1/engine/engine.json"),
+        *(f"stpath/warmup/{name}" for name in ("genes", "coords", "features")),
         *(f"stpath/1/engine/{name}" for name in engine.manifest.files),
         *(f"{model}/{name}" for model in onnx_models for name in ("config.pbtxt", "1/model.onnx", "1/weights.bin")),
     }
@@ -276,7 +277,7 @@ def test_tiles_are_served_as_their_features_are(tiny_engine, tiny_encoder, serve
     with TileEncoder.load(tiny_encoder) as encoder:
         expected = Engine.load(tiny_engine).predict(Slide(coords, encoder(tiles)), genes=["GENE3"])
     np.testing.assert_allclose(good.tensors[0].array, expected.X, rtol=1e-5, atol=1e-6)
-    assert "5 rows of features or tiles but 2 of coords" in bad.error.message
+    assert "5 tiles but 2 rows of coords" in bad.error.message
     model.finalize()
 
 
