@@ -18,6 +18,7 @@ from time import perf_counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from stpath_runtime.images.encoder import TileEncoder, noise
 from stpath_runtime.images.features import Job, extract_one
@@ -82,6 +83,12 @@ def test_the_whole_encoder_alone(report, tiny, pytestconfig):
         report([replace(row, seconds=(found.encode,), peak_bytes=found.peak, note=f"load {found.load:.1f} s")])
 
 
+def everywhere(folder: Path) -> TileSettings:
+    """All of an image is tissue."""
+    Image.fromarray(np.full((64, 64), 255, np.uint8)).save(folder / "all.png")
+    return TileSettings(tissue=str(folder / "all.png"))
+
+
 def test_a_file_keeps_the_encoder_busy(report, tmp_path, tiny):
     """From a slide image to its features, against the encoder alone on tiles in memory."""
     side = 2 if tiny else 6
@@ -97,7 +104,7 @@ def test_a_file_keeps_the_encoder_busy(report, tmp_path, tiny):
                 encoder(given)
             alone.append((perf_counter() - start) * side**2 / (-(-(side**2) // batch) * batch))
             start = perf_counter()
-            made = extract_one(Job(image, tmp_path / f"{turn}.h5", TileSettings(min_tissue=0)), encoder)
+            made = extract_one(Job(image, tmp_path / f"{turn}.h5", everywhere(tmp_path)), encoder)
             file.append(perf_counter() - start)
     shares = tuple(a / b for a, b in zip(alone, file, strict=True))
     note = f"{', '.join(f'{share:.0%}' for share in shares)} of the encoder's own throughput"
@@ -137,7 +144,7 @@ from stpath_runtime.images.features import Job, extract_one
 from stpath_runtime.images.settings import TileSettings
 from stpath_runtime.machine import memory_of_process
 with TileEncoder.load(sys.argv[1]) as encoder:
-    made = extract_one(Job(Path(sys.argv[2]), Path(sys.argv[3]), TileSettings(min_tissue=0)), encoder, 16)
+    made = extract_one(Job(Path(sys.argv[2]), Path(sys.argv[3]), TileSettings(tissue=sys.argv[4])), encoder, 16)
 print(json.dumps([made.total, memory_of_process()]))
 """
 
@@ -149,6 +156,7 @@ def test_memory_does_not_grow_with_the_slide(report, tmp_path, tiny):
     for side in (3, 5) if tiny else (32, 110):
         image = slide_image(tmp_path / f"{side}.svs", side)
         command = [sys.executable, "-c", ALONE, str(path), str(image), str(tmp_path / f"{side}.h5")]
+        command.append(str(everywhere(tmp_path).tissue))
         start = perf_counter()
         total, peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         peaks.append(peak)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import published
@@ -64,10 +65,7 @@ def encoder_engine(depth: int, precision: str = "fp32", small: bool = False) -> 
 
 
 def slide_image(path: Path, tiles_a_side: int) -> Path:
-    """A slide image like one by Aperio, of the same square of real tissue over and over, in JPEG as scanners write it."""
-    import io
-
-    import tifffile
+    """A slide image like one by Aperio: one square of real tissue, in JPEG, over and over; the file holds one."""
     from PIL import Image
 
     from helpers import CROP
@@ -75,20 +73,33 @@ def slide_image(path: Path, tiles_a_side: int) -> Path:
     with Image.open(CROP) as picture:
         square = picture.convert("RGB").crop((200, 500, 456, 756))
     written = io.BytesIO()
-    square.save(written, "JPEG", quality=75)
+    square.save(written, "JPEG", quality=75, subsampling="4:2:0")
     side = 224 * tiles_a_side
-    across = -(-side // 256)
-    description = (
-        f"Aperio Image Library v11\r\n{side}x{side} [0,0 {side}x{side}] (256x256) JPEG/RGB Q=75|AppMag = 20|MPP = 0.5"
-    )
-    options = {"photometric": "ycbcr", "subsampling": (2, 2), "tile": (256, 256), "compression": "jpeg"}
-    with written_whole(path) as partial, tifffile.TiffWriter(partial, bigtiff=True) as file:
-        file.write(
-            (written.getvalue() for _ in range(across**2)),
-            shape=(side, side, 3),
-            dtype=np.uint8,
-            description=description,
-            metadata=None,
-            **options,
-        )
+    squares = (-(-side // 256)) ** 2
+    description = f"Aperio Image Library v11\r\n{side}x{side} (256x256) JPEG/RGB Q=75|AppMag = 20|MPP = 0.5\0".encode()
+    jpeg = written.getvalue()
+    tags = {  # TIFF 6.0: the number of a tag -> its type (3: 16 bits, 4: 32 bits, 2: text), and its values
+        256: ("I", 4, [side]),
+        257: ("I", 4, [side]),
+        258: ("H", 3, [8, 8, 8]),
+        259: ("H", 3, [7]),  # JPEG
+        262: ("H", 3, [6]),  # YCbCr
+        270: ("B", 2, list(description)),
+        277: ("H", 3, [3]),
+        322: ("I", 4, [256]),
+        323: ("I", 4, [256]),
+        324: ("I", 4, [8] * squares),  # every tile is where the first is
+        325: ("I", 4, [len(jpeg)] * squares),
+        530: ("H", 3, [2, 2]),
+    }
+    start = 8 + len(jpeg) + len(jpeg) % 2
+    beyond = start + 2 + 12 * len(tags) + 4
+    entries, values = b"", b""
+    for number, (form, kind, numbers) in tags.items():
+        raw = struct.pack(f"<{len(numbers)}{form}", *numbers)
+        inside = raw.ljust(4, b"\0") if len(raw) <= 4 else struct.pack("<I", beyond + len(values))
+        entries += struct.pack("<HHI", number, kind, len(numbers)) + inside
+        values += b"" if len(raw) <= 4 else raw + bytes(len(raw) % 2)
+    content = struct.pack("<2sHI", b"II", 42, start) + jpeg.ljust(start - 8, b"\0")
+    path.write_bytes(content + struct.pack("<H", len(tags)) + entries + bytes(4) + values)
     return path

@@ -1,7 +1,7 @@
 """Lets timm be imported: it and torchvision are where the Makefile puts them.
 
-torchvision's wheels on the package index are built for CUDA: beside a PyTorch for the CPU they load only if the operators
-that they lack are declared.
+torchvision's wheels on the package index are built for CUDA: beside a PyTorch for the CPU they load only if the
+operators that they lack are declared.
 """
 
 from __future__ import annotations
