@@ -56,10 +56,10 @@ def grid_over(tissue: Tissue, side: int, pitch: float, least: float, size: tuple
     sections
         Whether each piece of tissue is a section of its own; a tile belongs to the piece that covers most of it.
     """
-    rows, columns = np.nonzero(tissue.pieces)
-    left, top = columns.min() * tissue.scale, rows.min() * tissue.scale
-    right = min((columns.max() + 1) * tissue.scale, size[0])
-    bottom = min((rows.max() + 1) * tissue.scale, size[1])
+    columns, rows = (np.flatnonzero(tissue.pieces.any(axis=axis)) for axis in (0, 1))
+    left, top = columns[0] * tissue.scale, rows[0] * tissue.scale
+    right = min((columns[-1] + 1) * tissue.scale, size[0])
+    bottom = min((rows[-1] + 1) * tissue.scale, size[1])
     xs, ys = (np.arange(low, max(high, low + 1), pitch) for low, high in ((left, right), (top, bottom)))
     corners = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)  # x runs fastest
     corners = np.floor(corners + 0.5).astype(np.int64)
@@ -77,8 +77,10 @@ def _covered(
     mask: npt.NDArray[np.bool_], corners: npt.NDArray[np.int64], side: int, scale: float
 ) -> npt.NDArray[np.float64]:
     """The share [N] of each tile that a mask covers, by sums over rectangles of its pixels."""
-    sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1))
-    sums[1:, 1:] = mask.cumsum(axis=0).cumsum(axis=1)
+    sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.int32)
+    sums[1:, 1:] = mask
+    for axis in (0, 1):
+        np.cumsum(sums, axis=axis, out=sums)
     low = np.floor(corners / scale + 0.5).astype(int)
     high = np.maximum(np.floor((corners + side) / scale + 0.5).astype(int), low + 1)
     area = (high - low).prod(axis=1)

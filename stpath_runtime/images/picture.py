@@ -33,11 +33,11 @@ def draw_tiles(view: View, path: Path) -> None:
     boxes = np.concatenate([grid.corners, grid.corners + grid.side], axis=1) / overview.scale
     for left, top, right, bottom in boxes.round().astype(int).clip(0).tolist():
         taken[top : bottom + 1, left : right + 1] = True
-    pixels = overview.pixels.astype(np.float32)
-    pixels[~taken] = pixels[~taken] * (1 - OUTSIDE) + 255 * OUTSIDE
+    pixels = overview.pixels.copy()
+    pixels[~taken] = (255 - (255 - np.arange(256)) * (1 - OUTSIDE)).astype(np.uint8)[pixels[~taken]]
     if view.tissue is not None:
         pixels[_edge(view, height, width)] = EDGE
-    picture = Image.fromarray(pixels.astype(np.uint8))
+    picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     for left, top, right, bottom in boxes.tolist():
         draw.rectangle((left, top, right, bottom), outline=TILE)

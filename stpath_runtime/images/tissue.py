@@ -22,6 +22,7 @@ from .reading import Pixels, SlideImage
 
 MASK_MICRONS = 8.0  # a pixel of a mask, or less
 OVERVIEW_PIXELS = 2_000  # of the longer side of the picture that people look at, about
+MOST_PIXELS = 3_200  # of it, whatever the scale: 25.6 mm at 8 um
 STRIP = 2_048  # pixels of a side of the parts in which an overview is read
 SMOOTH, LEAST_SATURATION, DARK = 7, 8, 20
 CLOSE = 5  # pixels
@@ -57,7 +58,7 @@ class Tissue:
 def overview_of(image: SlideImage, threads: int = 2) -> Overview:
     """Read an image small: at 8 um a pixel or a little finer, or 2,000 pixels long, whichever is finer.
 
-    It is read in parts, so that what it takes does not grow with the image.
+    It is read in parts and has a largest size, so that what it takes does not grow with the image.
 
     Raises
     ------
@@ -65,7 +66,8 @@ def overview_of(image: SlideImage, threads: int = 2) -> Overview:
         If a part cannot be read.
     """
     longest = max(image.levels[0].size)
-    wanted = max(1.0, min(MASK_MICRONS / image.microns_a_pixel, float(-(-longest // OVERVIEW_PIXELS))))
+    wanted = min(MASK_MICRONS / image.microns_a_pixel, float(-(-longest // OVERVIEW_PIXELS)))
+    wanted = max(1.0, wanted, longest / MOST_PIXELS)
     fitting = [i for i, level in enumerate(image.levels) if level.downsample <= wanted * 1.001]
     at = max(fitting, key=lambda i: image.levels[i].downsample, default=0)
     level = image.levels[at]
@@ -134,8 +136,11 @@ def read_tissue(path: str | Path, overview: Overview, microns_a_pixel: float) ->
 
 def saturation(pixels: Pixels) -> npt.NDArray[np.float32]:
     """Saturation [h, w] of HSV, from 0 to 255; of what is nearly black, 0: there it is noise."""
-    most, least = pixels.max(axis=2).astype(np.float32), pixels.min(axis=2)
-    found: npt.NDArray[np.float32] = np.where(most >= DARK, 255 * (most - least) / np.maximum(most, 1), 0)
+    most = pixels.max(axis=2)
+    found: npt.NDArray[np.float32] = (most - pixels.min(axis=2)).astype(np.float32)
+    found *= 255
+    found /= np.maximum(most, 1)
+    found[most < DARK] = 0
     return found
 
 

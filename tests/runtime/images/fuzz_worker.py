@@ -24,7 +24,7 @@ HEADER = 4_096  # bytes, where most of what a file says of itself stands; of TIF
 class Eight:
     """An encoder that takes tiles and makes nothing of them."""
 
-    name, size, width, microns, about = "none", 224, 8, 112.0, {}  # noqa: RUF012
+    name, size, width, microns, about = "none", 224, 8, 112.0, {}
 
     def batch(self) -> int:
         return 8
@@ -62,7 +62,7 @@ def main(originals: Path, scratch: Path, first: int, step: int, last: int) -> No
         original = found[number % len(found)]
         path = scratch / f"{number}{original.suffix}"
         path.write_bytes(mutated(original.read_bytes(), number))
-        print(number, original.name, flush=True)
+        print(number, original.name, flush=True)  # noqa: T201
         settings = TileSettings(mpp=0.5 if original.suffix == ".png" else None)
         try:
             with open_source(path, Eight(), settings) as source:
@@ -70,10 +70,9 @@ def main(originals: Path, scratch: Path, first: int, step: int, last: int) -> No
                     source.read(start, min(start + 8, source.total))
             outcome = "read"
         except InputError as error:
-            assert "\n" not in str(error).strip(), error
-            outcome = "refused"
+            outcome = "refused" if "\n" not in str(error).strip() else "refused in several lines"
         path.unlink()
-        print(number, outcome, flush=True)
+        print(number, outcome, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

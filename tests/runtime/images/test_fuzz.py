@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from images_helpers import tissue_pixels, write_png, write_svs, write_tiff
 
 from helpers import CROP
+from images_helpers import tissue_pixels, write_png, write_svs, write_tiff
 
 SECONDS = 60  # that a process may say nothing
 
