@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import re
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -80,6 +81,12 @@ def memory_of_process(field: str = "VmHWM") -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None, f"Linux tells {field} of every process"
     return int(match[1]) * 1024
+
+
+def give_back_memory() -> None:
+    """Give memory that is free within this process back to the system, where the C library can (malloc_trim)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def parse_bytes(size: int | str) -> int:

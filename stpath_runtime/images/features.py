@@ -24,6 +24,7 @@ import numpy as np
 
 from ..errors import InputError, OutputError, warn, warnings_to
 from ..files import require_writable, written_whole
+from ..machine import give_back_memory
 from ..progress import OnTile
 from ..results.targets import slide_name
 from .encoder import Encoder, Tiles
@@ -228,6 +229,7 @@ def _plan(
             try:
                 with warnings_to(work.warnings.append):
                     _begin(work, encoder, batch_size)
+                give_back_memory()  # what finding the tissue took
                 if work.source is not None:
                     read(work)
             except Exception as error:  # the consumer says it of this slide

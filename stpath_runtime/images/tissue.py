@@ -23,7 +23,7 @@ from .reading import Pixels, SlideImage
 MASK_MICRONS = 8.0  # a pixel of a mask, or less
 OVERVIEW_PIXELS = 2_000  # of the longer side of the picture that people look at, about
 MOST_PIXELS = 3_200  # of it, whatever the scale: 25.6 mm at 8 um
-STRIP = 2_048  # pixels of a side of the parts in which an overview is read
+STRIP = 512  # pixels of a side of the parts in which an overview is read
 SMOOTH, LEAST_SATURATION, DARK = 7, 8, 20
 CLOSE = 5  # pixels
 LEAST_MICRONS = 4 * 112.0**2  # square um of a piece
@@ -46,7 +46,9 @@ class Overview:
 class Tissue:
     """The pieces of tissue of an image."""
 
-    pieces: npt.NDArray[np.int32]  #: [height, width]: 0 is no tissue, pieces are counted from 1, from left to right
+    pieces: npt.NDArray[
+        np.integer[Any]
+    ]  #: [height, width]: 0 is no tissue, pieces are counted from 1, from left to right
     scale: float  #: pixels of level 0 that one of its pixels spans
 
     @property
@@ -177,17 +179,19 @@ def shrunk(pixels: Pixels, times: int) -> Pixels:
     return found
 
 
-def _pieces(mask: Mask, least: float) -> npt.NDArray[np.int32]:
+def _pieces(mask: Mask, least: float) -> npt.NDArray[np.integer[Any]]:
     """Number the pieces of a mask from left to right; those of fewer pixels are taken away."""
     from scipy import ndimage
 
     labels, count = ndimage.label(mask, np.ones((3, 3)))
-    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    areas = np.zeros(count + 1, np.int64)
+    for row in labels:  # of the whole at once it would take eight bytes a pixel
+        areas += np.bincount(row, minlength=count + 1)
     lefts = [where[1].start for where in ndimage.find_objects(labels)]
     kept = [label for label in range(1, count + 1) if areas[label] >= least]
-    numbers = np.zeros(count + 1, np.int32)
+    numbers: npt.NDArray[Any] = np.zeros(count + 1, np.int16 if len(kept) < 2**15 else np.int32)
     numbers[sorted(kept, key=lambda label: (lefts[label - 1], label))] = np.arange(1, len(kept) + 1)
-    found: npt.NDArray[np.int32] = numbers[labels]
+    found: npt.NDArray[np.integer[Any]] = numbers[labels]
     return found
 
 
