@@ -45,7 +45,7 @@ docs: $(INSTALLED)
 test-triton: $(TRITON)/.installed
 	$(BIN)/pytest -n 0 -m triton tests/triton_server
 
-# Engines within LazySlide.
+# Engines within LazySlide, and predictions in squidpy.
 test-lazyslide: $(LAZYSLIDE)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m lazyslide tests/lazyslide
 
@@ -103,7 +103,7 @@ $(TRITON)/.installed: $(INSTALLED)
 # LazySlide needs versions of its own of much that the tests have.
 $(LAZYSLIDE)/.installed: $(INSTALLED)
 	$(PYTHON) -m venv $(LAZYSLIDE)
-	$(LAZYSLIDE)/bin/pip install -q -c constraints.txt lazyslide==0.13.0 lazyslide-models==0.1.0 -e '.[cpu,wsi]'
+	$(LAZYSLIDE)/bin/pip install -q -c constraints.txt lazyslide==0.13.0 lazyslide-models==0.1.0 squidpy==1.8.2 -e '.[cpu,wsi]'
 	touch $@
 
 clean:

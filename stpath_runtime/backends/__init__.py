@@ -43,6 +43,11 @@ def open_backend(name: str, engine: Path, device: str, stored: str = "fp32", pre
             f"precision {precision}: the backend {name} computes in the engine's own, {stored}; "
             + ("give --backend openvino" if precision == "bf16" else f"export an engine with --precision {precision}")
         )
+    if (name, device, stored) == ("onnxruntime", "cpu", "bf16") and is_encoder(engine):
+        raise BackendError(
+            f"{engine}: a bf16 encoder; ONNX Runtime computes in bfloat16 on GPUs only: give --backend openvino on a "
+            "CPU that has it, or --device cuda:0"
+        )
     if (name, device, stored) == ("onnxruntime", "cpu", "bf16"):
         raise BackendError(
             f"{engine}: a bf16 engine; ONNX Runtime computes in bfloat16 on GPUs only: give --device cuda:0, or "

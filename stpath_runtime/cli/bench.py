@@ -53,7 +53,7 @@ bench = typer.Typer(
 
 @bench.command(MEASURE, no_args_is_help=True)
 def measure(
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder, or a tile encoder's.")],
     spots: Annotated[str, typer.Option(metavar="N,N,...", help="Sizes of the random slides.")] = "500,2000,5000,20000",
     attention: Annotated[Attentions, typer.Option(help="Which ways to attend.")] = Attentions.BOTH,
     neighbors: Annotated[

@@ -32,7 +32,7 @@ def plot(
     typer.echo(str(out))
 
 
-def info(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")]) -> None:
+def info(engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder, or a tile encoder's.")]) -> None:
     """Print what an engine or a tile encoder is: its model, precision, checkpoint and proof of parity."""
     from ..manifest import read_manifest
     from .info import print_manifest

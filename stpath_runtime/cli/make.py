@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build(
-    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.")],
+    engine: Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder, or a tile encoder's.")],
     backend: Annotated[str, typer.Option(metavar="tensorrt|tensorrt_rtx", help="What to build plans of.")] = "tensorrt",
     device: Annotated[str, typer.Option(metavar="cuda:N", help="The GPU to build for.")] = "cuda:0",
     target: Annotated[
@@ -30,9 +30,14 @@ def build(
 ) -> None:
     """Build TensorRT plans from an engine's graphs, for one generation of GPUs, and keep them in the engine."""
     from ..backends.plan_builder import Build
+    from ..manifest import ENCODER_GRAPH
 
     todo = Build.of(engine, backend, device, target, max_spots)
-    what = f"{count(len(todo.ranges), 'plan')} for {todo.target}, slides up to {count(max_spots, 'spot')}"
+    tiles = todo.ranges.get(ENCODER_GRAPH)  # of a tile encoder
+    most = (
+        f"slides up to {count(max_spots, 'spot')}" if tiles is None else f"up to {tiles['tiles'][2][0]} tiles at once"
+    )
+    what = f"{count(len(todo.ranges), 'plan')} for {todo.target}, {most}"
     if todo.up_to_date():
         typer.echo(f"{todo.folder}: {what}, up to date")
         return

@@ -55,7 +55,11 @@ def fidelity(
     typer.echo(str(out))
 
 
-def doctor(engine: Annotated[Path | None, typer.Argument(metavar="[ENGINE]", help="Engine folder.")] = None) -> None:
+def doctor(
+    engine: Annotated[
+        Path | None, typer.Argument(metavar="[ENGINE]", help="Engine folder, or a tile encoder's.")
+    ] = None,
+) -> None:
     """Print what each backend needs and finds on this machine and, with an engine, whether those that work agree."""
     from ..measures.doctor import examine
 

@@ -1,4 +1,4 @@
-"""Engines within LazySlide, in an environment of its own: `make test-lazyslide` installs it into .venv/lazyslide."""
+"""Engines within LazySlide, and predictions in squidpy: `make test-lazyslide` installs both into .venv/lazyslide."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import openslide
 import pytest
 
 from helpers import CROP, without_coverage
+from stpath_runtime.cli.app import main
 from stpath_runtime.engine import Engine
 from stpath_runtime.images.encoder import TileEncoder
 from stpath_runtime.slides.slide import Slide
@@ -71,6 +72,22 @@ for wrong, words in ((dict(organ="Kidny"), "Kidney"), (dict(genes=["GENE_"]), "u
 )
 
 
+DRAWN = """
+import sys
+import matplotlib
+matplotlib.use("agg")
+import anndata
+import matplotlib.pyplot as plt
+import squidpy as sq
+adata = anndata.read_zarr(sys.argv[1])
+sq.pl.spatial_scatter(adata, color=["GENE1", "GENE2"])
+axes = [axes for axes in plt.gcf().axes if axes.get_images()]
+assert len(axes) == 2, "the tissue is below each gene"
+assert len(axes[0].collections[0].get_offsets() if len(axes[0].collections[0].get_offsets()) > 1 else
+           axes[0].collections[0].get_paths()) == adata.n_obs
+"""
+
+
 def run(script: str, *words: object) -> None:
     if not PYTHON.exists():
         pytest.skip("LazySlide is not installed; make test-lazyslide installs it")
@@ -102,6 +119,12 @@ def test_features_and_genes_within_lazyslide_are_the_engines(tiny_engine, tiny_e
     )
     np.testing.assert_allclose(found["x"], predicted.X, rtol=1e-4, atol=1e-5)
     assert found["genes"].tolist() == ["GENE3", "ALIAS7"]
+
+
+def test_squidpy_draws_genes_over_the_tissue(tiny_engine, tiny_encoder, tmp_path):
+    words = ["--engine", str(tiny_engine), "--encoder", str(tiny_encoder), "--genes", "GENE1,GENE2"]
+    assert main(["predict", str(CROP), *words, "--out", str(tmp_path / "a.zarr")]) == 0
+    run(START.partition("import lazyslide")[0] + DRAWN, tmp_path / "a.zarr")
 
 
 def test_more_than_8000_tiles_run(tiny_engine, tiny_encoder):
