@@ -1,6 +1,6 @@
 """Reads mutated slide images, a line before and after each, so that its parent can tell which one it died of.
 
-    python fuzz_worker.py ORIGINALS SCRATCH FIRST STEP LAST
+    python mutated_worker.py ORIGINALS SCRATCH FIRST STEP LAST
 
 A case is all in its number: the original, the mutation and its places.
 """

@@ -25,7 +25,7 @@ def test_mutated_images_crash_and_hang_nothing(cases, tmp_path):
     write_svs(originals / "b.svs", pixels, levels=2)
     write_tiff(originals / "c.tif", pixels, photometric="rgb", resolution=(20_000, 20_000), resolutionunit=3)
     write_png(originals / "d.png", pixels)
-    script = Path(__file__).with_name("fuzz_worker.py")
+    script = Path(__file__).with_name("mutated_worker.py")
     command = [sys.executable, script, originals, scratch, *map(str, (0, 1, cases))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     done = subprocess.run(
