@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from stpath_runtime.images.encoder import TileEncoder, noise
-from stpath_runtime.images.features import Job, extract_one
+from stpath_runtime.images.features import FeaturesJob, extract_one
 from stpath_runtime.images.reading import open_image
 from stpath_runtime.images.settings import TileSettings
 from stpath_runtime.images.tiles import TileReader
@@ -104,7 +104,7 @@ def test_a_file_keeps_the_encoder_busy(report, tmp_path, tiny):
                 encoder(given)
             alone.append((perf_counter() - start) * side**2 / (-(-(side**2) // batch) * batch))
             start = perf_counter()
-            made = extract_one(Job(image, tmp_path / f"{turn}.h5", everywhere(tmp_path)), encoder)
+            made = extract_one(FeaturesJob(image, tmp_path / f"{turn}.h5", everywhere(tmp_path)), encoder)
             file.append(perf_counter() - start)
     shares = tuple(a / b for a, b in zip(alone, file, strict=True))
     note = f"{', '.join(f'{share:.0%}' for share in shares)} of the encoder's own throughput"
@@ -140,11 +140,11 @@ ALONE = """
 import json, sys
 from pathlib import Path
 from stpath_runtime.images.encoder import TileEncoder
-from stpath_runtime.images.features import Job, extract_one
+from stpath_runtime.images.features import FeaturesJob, extract_one
 from stpath_runtime.images.settings import TileSettings
 from stpath_runtime.machine import memory_of_process
 with TileEncoder.load(sys.argv[1]) as encoder:
-    made = extract_one(Job(Path(sys.argv[2]), Path(sys.argv[3]), TileSettings(tissue=sys.argv[4])), encoder, 16)
+    made = extract_one(FeaturesJob(Path(sys.argv[2]), Path(sys.argv[3]), TileSettings(tissue=sys.argv[4])), encoder, 16)
 print(json.dumps([made.total, memory_of_process()]))
 """
 

@@ -96,7 +96,7 @@ def run_demo(out: Path) -> None:
 def _from_image(out: Path, engine: Engine, seconds: dict[str, float]) -> int:
     """Genes over the tissue of a crop of a real slide, by a tile encoder of random weights; returns its tiles."""
     from stpath_runtime.images.encoder import TileEncoder
-    from stpath_runtime.images.features import Job
+    from stpath_runtime.images.features import FeaturesJob
     from stpath_runtime.images.slide import ImageSlides
     from stpath_runtime.results.plot import plot_genes
     from stpath_train.small_encoder import write_small_encoder
@@ -110,7 +110,7 @@ def _from_image(out: Path, engine: Engine, seconds: dict[str, float]) -> int:
             publish_encoder(model, out / "encoder", on_step=on_step)
     image = Path(str(files("stpath_runtime") / "data" / CROP))
     with TileEncoder.load(out / "encoder") as encoder:
-        slides = ImageSlides([Job(image, out / "image.features.h5")], encoder)
+        slides = ImageSlides([FeaturesJob(image, out / "image.features.h5")], encoder)
         slide, tissue = slides.next("Skin", None)
         slides.close()
     adata = engine.predict(slide, genes=SHOWN[:3])

@@ -53,7 +53,7 @@ def features(
 ) -> None:
     """Compute the features of slide images, or of patches, with a tile encoder; a run that was stopped goes on."""
     from ..images.encoder import load_encoder
-    from ..images.features import Job, extract, find_targets, require_sources
+    from ..images.features import FeaturesJob, extract, find_targets, require_sources
 
     settings = TileSettings(mpp, pitch, min_tissue, tissue, spots, sections)
     settings.check()
@@ -61,7 +61,7 @@ def features(
     chosen = chosen_backend(Path(encoder), backend, device, precision)
     loaded = load_encoder(encoder, weights, backend=chosen, device=device, precision=precision)
     require_sources(slides, loaded.size)
-    jobs = [Job(path, target, settings) for path, target in zip(slides, targets, strict=True)]
+    jobs = [FeaturesJob(path, target, settings) for path, target in zip(slides, targets, strict=True)]
     failed: list[Exception] = []
     with tile_bars(len(jobs)) as bars:
         for made in extract(jobs, loaded, batch_size=batch_size, on_batch=bars):

@@ -47,7 +47,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..images.encoder import Encoder as TileEncoder
-    from ..images.features import Job
+    from ..images.features import FeaturesJob
     from ..slides.slide import Slide
 
 DEFAULTS = TileSettings()
@@ -154,7 +154,7 @@ def _tile_encoder(
 def _slides(
     paths: list[Path],
     images: list[bool],
-    jobs: list[Job],
+    jobs: list[FeaturesJob],
     tiles: TileEncoder | None,
     engine: Engine,
     organ: str | None,

@@ -21,7 +21,7 @@ from typing import Any
 from ..engine import Engine
 from ..errors import InputError, OutputError, code_of, warnings_to
 from ..images.encoder import Encoder, load_encoder, require_width
-from ..images.features import Job as FeaturesJob
+from ..images.features import FeaturesJob
 from ..images.settings import TileSettings
 from ..images.slide import ImageSlides, needs_encoder
 from ..images.slide import features_job as features_beside

@@ -40,7 +40,7 @@ TILES_ENDING = ".tiles.png"
 
 
 @dataclass(frozen=True)
-class Job:
+class FeaturesJob:
     """One slide image or patches file, and where its features go."""
 
     source: Path
@@ -57,7 +57,7 @@ class Job:
 class Made:
     """What became of a job."""
 
-    job: Job
+    job: FeaturesJob
     total: int = 0  #: tiles
     view: View | None = None  #: of an image whose tiles were looked for in this run
     error: Exception | None = None
@@ -68,7 +68,7 @@ class Made:
 class _Work:
     """A job in progress."""
 
-    job: Job
+    job: FeaturesJob
     source: TileSource | None = None  # None where the features are there already
     total: int = 0
     first: int = 0  # tile that is to be encoded next
@@ -92,7 +92,7 @@ _Item = _Batch | _Work | Exception | None  # None: there are no more
 
 
 def extract(
-    jobs: Iterable[Job], encoder: Encoder, *, batch_size: int | None = None, on_batch: Any = None
+    jobs: Iterable[FeaturesJob], encoder: Encoder, *, batch_size: int | None = None, on_batch: Any = None
 ) -> Generator[Made, None, None]:
     """Compute the features of slides, one after the other; yields what became of each, errors included.
 
@@ -135,7 +135,9 @@ def extract(
                         on_batch(item.work.job, item.stop, item.work.total)
 
 
-def extract_one(job: Job, encoder: Encoder, batch_size: int | None = None, on_batch: OnTile | None = None) -> Made:
+def extract_one(
+    job: FeaturesJob, encoder: Encoder, batch_size: int | None = None, on_batch: OnTile | None = None
+) -> Made:
     """Compute the features of one slide.
 
     Raises
@@ -192,7 +194,7 @@ def require_sources(sources: Sequence[Path], size: int) -> None:
 
 
 def _plan(
-    jobs: Iterable[Job],
+    jobs: Iterable[FeaturesJob],
     encoder: Encoder,
     batch_size: int | None,
     pool: ThreadPoolExecutor,

@@ -14,7 +14,7 @@ from ..readers import read_slide
 from ..results.targets import slide_name
 from ..slides.slide import Slide
 from .encoder import Encoder
-from .features import Job, extract
+from .features import FeaturesJob, extract
 from .picture import spatial_of
 from .reading import is_image, open_image
 from .settings import TileSettings
@@ -22,7 +22,7 @@ from .sources import is_patches
 from .tissue import overview_of
 
 FEATURES_ENDING = ".features.h5"
-OnBatch = Callable[[Job, int, int], None]
+OnBatch = Callable[[FeaturesJob, int, int], None]
 
 
 def needs_encoder(path: str | Path) -> bool:
@@ -30,9 +30,9 @@ def needs_encoder(path: str | Path) -> bool:
     return is_image(path) or is_patches(Path(path))
 
 
-def features_job(source: Path, result: Path, settings: TileSettings) -> Job:
+def features_job(source: Path, result: Path, settings: TileSettings) -> FeaturesJob:
     """The job that makes the features of an image, kept beside its result."""
-    return Job(source, result.with_name(result.name.rsplit(".", 1)[0] + FEATURES_ENDING), settings)
+    return FeaturesJob(source, result.with_name(result.name.rsplit(".", 1)[0] + FEATURES_ENDING), settings)
 
 
 class ImageSlides:
@@ -44,7 +44,7 @@ class ImageSlides:
         Of `features_job`.
     """
 
-    def __init__(self, jobs: Iterable[Job], encoder: Encoder) -> None:
+    def __init__(self, jobs: Iterable[FeaturesJob], encoder: Encoder) -> None:
         self._tell: OnBatch | None = None
         self._found = extract(jobs, encoder, on_batch=self._on_batch)
 
@@ -87,7 +87,7 @@ class ImageSlides:
         """Stop reading ahead."""
         self._found.close()
 
-    def _on_batch(self, job: Job, done: int, total: int) -> None:
+    def _on_batch(self, job: FeaturesJob, done: int, total: int) -> None:
         if self._tell is not None:
             self._tell(job, done, total)
 

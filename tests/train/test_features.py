@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from stpath_runtime.cli.app import main
 from stpath_runtime.errors import InputError, InputWarning
-from stpath_runtime.images.features import Job, extract_one, find_targets
+from stpath_runtime.images.features import FeaturesJob, extract_one, find_targets
 from stpath_runtime.images.sources import check_patches
 from stpath_runtime.readers import read_slide
 from stpath_train.features import ENCODERS, IMAGENET, load_encoder
@@ -47,7 +47,7 @@ def encoder(weights):
 
 
 def extract(patches, out, encoder, batch_size=64, on_batch=None):
-    return extract_one(Job(patches, out), encoder, batch_size, on_batch).total
+    return extract_one(FeaturesJob(patches, out), encoder, batch_size, on_batch).total
 
 
 def write_patches(path: Path, n: int = 7, height: int = 224, width: int = 224, seed: int = 0) -> Path:
@@ -135,13 +135,13 @@ def test_a_run_that_was_killed_goes_on(tmp_path, weights, encoder):
 import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parents[1]), *sys.path]!r}
 import conftest  # declares what torchvision lacks
-from stpath_runtime.images.features import Job, extract_one
+from stpath_runtime.images.features import FeaturesJob, extract_one
 from stpath_train.features import load_encoder
 from pathlib import Path
 def on_batch(done, total):
     if done >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
-extract_one(Job(Path({str(patches)!r}), Path({str(out)!r})), load_encoder({MODEL!r}, {str(weights)!r}), 2, on_batch)
+extract_one(FeaturesJob(Path({str(patches)!r}), Path({str(out)!r})), load_encoder({MODEL!r}, {str(weights)!r}), 2, on_batch)
 """
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert not out.exists()

@@ -23,7 +23,7 @@ from images_helpers import tissue_pixels, write_png, write_svs
 from stpath_runtime.cli.app import main
 from stpath_runtime.errors import EncoderError, ImageError, InputError, InputWarning
 from stpath_runtime.images.encoder import TileEncoder
-from stpath_runtime.images.features import Job, extract, extract_one, find_targets
+from stpath_runtime.images.features import FeaturesJob, extract, extract_one, find_targets
 from stpath_runtime.images.settings import PIECES, TileSettings
 from stpath_runtime.images.sources import identity
 from stpath_runtime.readers import read_slide
@@ -36,7 +36,7 @@ def encoder(tiny_encoder):
 
 
 def test_features_of_the_real_crop_are_those_of_timm(encoder, encoder_folder, tmp_path):
-    made = extract_one(Job(CROP, tmp_path / "a.h5"), encoder)
+    made = extract_one(FeaturesJob(CROP, tmp_path / "a.h5"), encoder)
     with h5py.File(tmp_path / "a.h5") as file:
         corners, said = file["coords"][()], dict(file["coords"].attrs)
         assert set(file) == {"coords", "features"}
@@ -70,8 +70,8 @@ def stop_at(tiles: int):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(encoder, tmp_path):
-    extract_one(Job(CROP, tmp_path / "whole.h5"), encoder, 4)
-    job = Job(CROP, tmp_path / "a.h5")
+    extract_one(FeaturesJob(CROP, tmp_path / "whole.h5"), encoder, 4)
+    job = FeaturesJob(CROP, tmp_path / "a.h5")
     with pytest.raises(Stopped):
         extract_one(job, encoder, 4, stop_at(12))
     assert not job.target.exists()
@@ -86,8 +86,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(encoder, tmp_path):
 
 
 def test_a_row_that_was_half_written_is_made_again(encoder, tmp_path):
-    extract_one(Job(CROP, tmp_path / "whole.h5"), encoder, 4)
-    job = Job(CROP, tmp_path / "a.h5")
+    extract_one(FeaturesJob(CROP, tmp_path / "whole.h5"), encoder, 4)
+    job = FeaturesJob(CROP, tmp_path / "a.h5")
     with pytest.raises(Stopped):
         extract_one(job, encoder, 4, stop_at(12))
     with h5py.File(job.half, "r+") as file:
@@ -102,14 +102,14 @@ KILLED = """
 import sys
 from pathlib import Path
 from stpath_runtime.images.encoder import TileEncoder
-from stpath_runtime.images.features import Job, extract_one
-extract_one(Job(Path(sys.argv[2]), Path(sys.argv[3])), TileEncoder.load(sys.argv[1]), 2)
+from stpath_runtime.images.features import FeaturesJob, extract_one
+extract_one(FeaturesJob(Path(sys.argv[2]), Path(sys.argv[3])), TileEncoder.load(sys.argv[1]), 2)
 """
 
 
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.soak)])
 def test_killed_runs_go_on_to_the_same_bytes(times, encoder, tiny_encoder, tmp_path):
-    extract_one(Job(CROP, tmp_path / "whole.h5"), encoder, 2)
+    extract_one(FeaturesJob(CROP, tmp_path / "whole.h5"), encoder, 2)
     target = tmp_path / "a.h5"
     command = [sys.executable, "-c", KILLED, str(tiny_encoder), str(CROP), str(target)]
     start = time.monotonic()
@@ -127,7 +127,7 @@ def test_killed_runs_go_on_to_the_same_bytes(times, encoder, tiny_encoder, tmp_p
 
 
 def test_two_runs_do_not_write_one_file(encoder, tmp_path):
-    job = Job(CROP, tmp_path / "a.h5")
+    job = FeaturesJob(CROP, tmp_path / "a.h5")
 
     def second(done: int, total: int) -> None:
         with pytest.raises(InputError, match="another run computes it"):
@@ -138,10 +138,10 @@ def test_two_runs_do_not_write_one_file(encoder, tmp_path):
 
 
 def test_other_settings_do_not_go_on_or_overwrite(encoder, tmp_path):
-    job = Job(CROP, tmp_path / "a.h5")
+    job = FeaturesJob(CROP, tmp_path / "a.h5")
     with pytest.raises(Stopped):
         extract_one(job, encoder, 4, stop_at(4))
-    other = Job(CROP, job.target, TileSettings(pitch=224))
+    other = FeaturesJob(CROP, job.target, TileSettings(pitch=224))
     with pytest.warns(InputWarning, match="begun with other tiles; it starts over"):
         assert extract_one(other, encoder, 4).total < 15
     with pytest.raises(InputError, match="exists, and is of other tiles"):
@@ -179,7 +179,7 @@ def test_a_slide_that_breaks_off_in_the_middle(encoder, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TileReader, "read", breaks)
-        jobs = [Job(path, tmp_path / "cut.h5", settings), Job(CROP, tmp_path / "good.h5")]
+        jobs = [FeaturesJob(path, tmp_path / "cut.h5", settings), FeaturesJob(CROP, tmp_path / "good.h5")]
         broken, good = extract(jobs, Broken())
     assert good.error is None
     assert good.total > 20
@@ -201,7 +201,7 @@ def test_a_file_that_is_really_cut_is_named(encoder, tmp_path):
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
     cut.write_bytes(data)
     with pytest.raises(InputError, match=r"cut.svs: .*(cannot be read|cannot open)"):
-        extract_one(Job(cut, tmp_path / "a.h5"), encoder, 4)
+        extract_one(FeaturesJob(cut, tmp_path / "a.h5"), encoder, 4)
     assert not (tmp_path / "a.h5").exists()
 
 
@@ -218,7 +218,9 @@ def test_the_encoder_failing_leaves_the_next_slide_alone(encoder, tmp_path, monk
     monkeypatch.setattr(TileEncoder, "__call__", fails_once)
     other = tmp_path / "b.svs"
     other.write_bytes(CROP.read_bytes())
-    first, second = extract([Job(CROP, tmp_path / "a.h5"), Job(other, tmp_path / "b.h5")], encoder, batch_size=4)
+    first, second = extract(
+        [FeaturesJob(CROP, tmp_path / "a.h5"), FeaturesJob(other, tmp_path / "b.h5")], encoder, batch_size=4
+    )
     assert isinstance(first.error, EncoderError)
     assert second.error is None
 
@@ -233,7 +235,7 @@ def write_positions(path: Path, header: bool = True) -> Path:
 def test_tiles_at_the_spots_of_visium(encoder, tmp_path):
     for header, name in ((True, "tissue_positions.csv"), (False, "tissue_positions_list.csv")):
         settings = TileSettings(spots=str(write_positions(tmp_path / name, header)))
-        extract_one(Job(CROP, tmp_path / f"{name}.h5", settings), encoder)
+        extract_one(FeaturesJob(CROP, tmp_path / f"{name}.h5", settings), encoder)
         slide = read_slide(tmp_path / f"{name}.h5")
         assert slide.obs_names == ["AAAC-1", "AAAT-1"]
         assert slide.coords.tolist() == [[288, 188], [298, 389]]  # x is the column; the tile's corner
@@ -244,10 +246,10 @@ def test_sections_of_spots_and_pieces_of_tissue(encoder, tmp_path):
     spatial = np.array([[300.0, 300], [600, 600], [700, 900]])
     anndata.AnnData(obs=obs, obsm={"spatial": spatial}).write_h5ad(tmp_path / "s.h5ad")
     settings = TileSettings(spots=str(tmp_path / "s.h5ad"), sections="part")
-    extract_one(Job(CROP, tmp_path / "a.h5", settings), encoder)
+    extract_one(FeaturesJob(CROP, tmp_path / "a.h5", settings), encoder)
     assert read_slide(tmp_path / "a.h5").sections == ["b", "a", "b"]
     path = write_svs(tmp_path / "two.svs", tissue_pixels())
-    extract_one(Job(path, tmp_path / "b.h5", TileSettings(sections=PIECES)), encoder)
+    extract_one(FeaturesJob(path, tmp_path / "b.h5", TileSettings(sections=PIECES)), encoder)
     slide = read_slide(tmp_path / "b.h5")
     right = np.asarray(slide.coords)[:, 0] > 650
     assert set(np.array(slide.sections)[right]) == {"section 2"}
@@ -275,7 +277,7 @@ def test_faults_are_named_and_leave_nothing(fault, encoder, tmp_path):
     make, settings, message = FAULTS[fault]
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=message):
-        extract_one(Job(make(tmp_path), tmp_path / "out" / "a.h5", settings), encoder)
+        extract_one(FeaturesJob(make(tmp_path), tmp_path / "out" / "a.h5", settings), encoder)
     assert not list((tmp_path / "out").glob("*.h5"))
 
 
@@ -283,14 +285,14 @@ def test_spots_outside_of_the_image(encoder, tmp_path):
     path = write_positions(tmp_path / "p.csv")
     path.write_text(path.read_text().replace("500.5", "9500"))
     with pytest.raises(InputError, match=r"1 of 2 spots are outside of .* such as AAAT-1 at \(410, 9,500\)"):
-        extract_one(Job(CROP, tmp_path / "a.h5", TileSettings(spots=str(path))), encoder)
+        extract_one(FeaturesJob(CROP, tmp_path / "a.h5", TileSettings(spots=str(path))), encoder)
 
 
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "", "barcode,in_tissue\nA,1\n", "A,x,0,0,1,1\n", "A,0,0,0,1,1\n"])
 def test_faults_of_a_positions_file(text, encoder, tmp_path):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(InputError, match=r"--spots .*p.csv: "):
-        extract_one(Job(CROP, tmp_path / "a.h5", TileSettings(spots=str(tmp_path / "p.csv"))), encoder)
+        extract_one(FeaturesJob(CROP, tmp_path / "a.h5", TileSettings(spots=str(tmp_path / "p.csv"))), encoder)
 
 
 def test_the_identity_follows_files_and_settings(tmp_path):
