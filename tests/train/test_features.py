@@ -141,7 +141,8 @@ from pathlib import Path
 def on_batch(done, total):
     if done >= 4:
         os.kill(os.getpid(), signal.SIGKILL)
-extract_one(FeaturesJob(Path({str(patches)!r}), Path({str(out)!r})), load_encoder({MODEL!r}, {str(weights)!r}), 2, on_batch)
+job = FeaturesJob(Path({str(patches)!r}), Path({str(out)!r}))
+extract_one(job, load_encoder({MODEL!r}, {str(weights)!r}), 2, on_batch)
 """
     assert subprocess.run([sys.executable, "-c", killed], check=False).returncode == -signal.SIGKILL
     assert not out.exists()
