@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,14 +125,15 @@ def extract(
             if isinstance(item, _Work):
                 opened.remove(item)
                 yield _ended(item)
-            elif item.work.error is None:
+                continue
+            if item.work.error is None:
                 try:
                     _encode(item, encoder)
                 except Exception as error:  # whatever it is, the other slides continue
                     item.work.error = _kept(error, item)
-                else:
-                    if on_batch is not None:
-                        on_batch(item.work.job, item.stop, item.work.total)
+            wait(item.parts)  # where one failed, too: no source is closed while a thread reads of it
+            if item.work.error is None and on_batch is not None:
+                on_batch(item.work.job, item.stop, item.work.total)
 
 
 def extract_one(
