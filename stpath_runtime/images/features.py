@@ -255,21 +255,37 @@ def _begin(work: _Work, encoder: Encoder, batch_size: int | None) -> None:
     job.target.parent.mkdir(parents=True, exist_ok=True)
     if source.view is not None:
         draw_tiles(source.view, tiles_picture(job.target))
+    if job.half.exists():  # claimed before it may be replaced
+        work.handle = _claimed(work)
     found = _goes_on(job.half, about)
     if found is None:
         work.batch = batch_size or encoder.batch()
         _create(job.half, source, encoder.width, {**about, "batch": work.batch})
+        work.handle = _claimed(work)
     else:
         work.batch, work.first = found
-    work.handle = os.open(job.half, os.O_RDWR)
-    work.open.callback(os.close, work.handle)
-    try:
-        fcntl.flock(work.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise OutputError(f"{job.target}: another run computes it; wait for it to end") from error
     with _read(job.half) as file:
         work.offset = _features(file).id.get_offset()
     work.source = source
+
+
+def _claimed(work: _Work) -> int:
+    """A handle of a job's file, which no other run has, for as long as the job is open.
+
+    Raises
+    ------
+    InputError
+        If another run has it.
+    """
+    handle = os.open(work.job.half, os.O_RDWR)
+    work.open.callback(os.close, handle)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"{work.job.target}: another run computes it; wait for it to end") from error
+    except OSError:  # a file system without locks: whose file it is shows at the end
+        pass
+    return handle
 
 
 def _create(half: Path, source: TileSource, width: int, about: dict[str, Any]) -> None:
@@ -327,6 +343,9 @@ def _ended(work: _Work) -> Made:
             return Made(work.job, error=work.error, warnings=warnings)
         if work.source is not None:
             os.fsync(work.handle)
+            if not os.path.samestat(os.fstat(work.handle), work.job.half.stat()):
+                error = OutputError(f"{work.job.target}: another run has begun it anew; wait for that to end")
+                return Made(work.job, error=error, warnings=warnings)
             work.job.half.replace(work.job.target)
     return Made(work.job, work.total, work.source.view if work.source is not None else None, warnings=warnings)
 

@@ -332,3 +332,31 @@ def test_the_command(tiny_encoder, tmp_path, capsys):
     assert "spots, 96 features" in said.out  # the other one is made
     assert main([*words, "--mpp", "0.25"]) == 2
     assert "is of other tiles" in capsys.readouterr().err
+
+
+def test_a_run_of_other_settings_does_not_take_the_file_of_one_at_work(encoder, tmp_path):
+    """It would be given the name of a whole file, and hold none of its features."""
+    job = FeaturesJob(CROP, tmp_path / "a.h5")
+    other = FeaturesJob(CROP, job.target, TileSettings(pitch=150))
+
+    def second(done: int, total: int) -> None:
+        if done == 4:
+            with pytest.raises(InputError, match="another run computes it"):
+                extract_one(other, encoder, 4)
+
+    extract_one(job, encoder, 4, second)
+    assert np.isfinite(read_slide(job.target).features).all()
+    assert len(read_slide(job.target)) > 20
+
+
+def test_a_file_that_was_replaced_meanwhile_is_not_taken_for_whole(encoder, tmp_path):
+    job = FeaturesJob(CROP, tmp_path / "a.h5")
+
+    def replaced(done: int, total: int) -> None:
+        if done == 4:
+            job.half.rename(tmp_path / "moved")
+            job.half.write_bytes((tmp_path / "moved").read_bytes())
+
+    with pytest.raises(InputError, match="another run has begun it anew"):
+        extract_one(job, encoder, 4, replaced)
+    assert not job.target.exists()
