@@ -29,7 +29,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 TOKEN, MEAN, TOKEN_AND_MEAN = "token", "mean", "token and mean"  # how tokens become features
 POOLINGS = {"token": TOKEN, "avg": MEAN, "": TOKEN_AND_MEAN}  # by timm's global_pool
-MICRONS_A_PIXEL = 0.5  # of STPath's patches: 20x
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
 
 
 @dataclass(frozen=True)

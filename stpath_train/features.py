@@ -19,7 +19,7 @@ from stpath_runtime.files import sha256
 from stpath_runtime.slides.vocabulary import nearest_names
 
 from .download import HUB, hub_errors
-from .encoders import HUB_PREFIXES, KNOWN, find_encoder, import_timm
+from .encoders import HUB_PREFIXES, IMAGENET, KNOWN, find_encoder, import_timm
 
 if TYPE_CHECKING:
     import torch
@@ -29,15 +29,13 @@ SIZE = 224  # pixels that an encoder sees
 PREPROCESSING = f"centre crop {SIZE}, no resizing, /255, normalised by mean and std"  # as STPath's features
 DTYPE = "float32"
 BATCH = 64  # tiles
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
 LIBRARIES = ("torch", "timm", "torchvision", "huggingface_hub", "safetensors")
 
 
 @dataclass(frozen=True)
 class Published:
-    """How the authors of an encoder create it with timm."""
+    """How the authors of an encoder create it with timm; where it is on the Hub, `KNOWN` says."""
 
-    repo: str  # on the Hub
     hub: dict[str, Any]  # arguments with which it comes from there
     architecture: str
     arguments: dict[str, Any]  # the same model, for weights of a file
@@ -45,7 +43,6 @@ class Published:
 
 ENCODERS = {
     "gigapath": Published(
-        "prov-gigapath/prov-gigapath",
         {},
         "vit_giant_patch14_dinov2",
         {
@@ -59,7 +56,6 @@ ENCODERS = {
         },
     ),
     "uni": Published(
-        "MahmoodLab/uni",
         {"init_values": 1e-5, "dynamic_img_size": True},
         "vit_large_patch16_224",
         {"img_size": SIZE, "patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True},
@@ -132,8 +128,7 @@ def load_encoder(name: str, weights: str | Path | None = None, device: str = "cp
         near = nearest_names(name, [*KNOWN, *timm.list_models()])
         raise EncoderError(
             f"unknown encoder {name!r}{near}; give the folder of an encoder's engine, {', '.join(KNOWN)}, or a model "
-            f"of "
-            "timm"
+            "of timm"
         )
     model: nn.Module
     if name in KNOWN and published is None:

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoders import TOKEN_AND_MEAN, EncoderModel, Weights
+from .encoders import IMAGENET, TOKEN_AND_MEAN, EncoderModel, Weights
 
 NAME = "a small encoder of random weights"
 SIZE, PATCH, WIDTH, HEADS, HIDDEN = 224, 32, 768, 12, 128
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std
 
 
 class PatchEmbed(nn.Module):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from stpath_runtime.errors import EncoderError, OptionError, OutputError
+from stpath_runtime.errors import OptionError, OutputError
 from stpath_runtime.files import require_writable, sha256, written_whole
+from stpath_runtime.images.encoder import require_width
 from stpath_runtime.machine import installed
 from stpath_runtime.manifest import (
     ENCODER_GRAPH,
@@ -96,13 +97,8 @@ def publish_encoder(
     """
     if precision not in PRECISIONS:
         raise OptionError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    if engine is not None and engine.manifest.model.n_features != encoder.width:
-        raise EncoderError(
-            f"{encoder.name}: gives {encoder.width:,} features, and {engine.path} takes "
-            f"{engine.manifest.model.n_features:,}; leave out --engine, or give an engine of a model that was trained "
-            f"on "
-            "this encoder"
-        )
+    if engine is not None:
+        require_width(encoder.name, encoder.width, engine.manifest.model.n_features, str(engine.path))
     with written_whole(out) as directory:
         directory.mkdir()
         parts = Parts(encoder, precision, SharedWeights(directory / WEIGHTS))

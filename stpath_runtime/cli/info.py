@@ -91,8 +91,7 @@ def _summary_of_parts(report: dict[str, Any]) -> str:
     worst, last = max(parts, key=lambda row: row["relative_l2"] / row["bar_l2"]), parts[-1]
     return (
         f"{'passed' if report['passed'] else 'FAILED'}: {len(parts)} parts against timm in {report['reference']}, "
-        f"worst "
-        f"{worst['part']} {worst['relative_l2']:.1e} (bar {worst['bar_l2']:.1e}), {last['part']} "
+        f"worst {worst['part']} {worst['relative_l2']:.1e} (bar {worst['bar_l2']:.1e}), {last['part']} "
         f"{last['relative_l2']:.1e}; {report['backend']}"
     )
 

@@ -88,6 +88,7 @@ def predict(
     from ..images.slide import features_job, require_encoder
     from ..readers import read_context
     from ..slides.context import choose_spots
+    from ..slides.vocabulary import organ_token, technology_token
 
     if context is not None and len(slides) > 1:
         raise OptionError(
@@ -96,8 +97,9 @@ def predict(
     _require_context(context is not None, context_spots, fill_context)
     settings = TileSettings(mpp, pitch, min_tissue, tissue, spots, sections)
     images = require_encoder(slides, encoder, settings)
-    if any(images):
+    if any(images):  # what would be found only after their features are made
         settings.check()
+        organ_token(organ), technology_token(tech)
     inputs = [*slides, *([context] if context is not None else [])]
     targets = choose_targets(slides, out, form)
     for target, _ in targets:
@@ -147,7 +149,7 @@ def _tile_encoder(
 
     chosen = chosen_backend(Path(encoder), backend, device, precision)
     loaded = load_encoder(encoder, backend=chosen, device=device, precision=precision)
-    require_width(loaded, engine.manifest.model.n_features, str(engine.path))
+    require_width(loaded.name, loaded.width, engine.manifest.model.n_features, str(engine.path))
     return loaded
 
 

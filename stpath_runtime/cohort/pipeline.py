@@ -78,7 +78,7 @@ class Settings:
             return None
         backend = self.encoder_backend or self.backend
         encoder = load_encoder(self.encoder, backend=backend, device=self.device, precision=self.precision)
-        require_width(encoder, engine.manifest.model.n_features, self.engine)
+        require_width(encoder.name, encoder.width, engine.manifest.model.n_features, self.engine)
         return encoder
 
 
@@ -176,6 +176,8 @@ def run_jobs(
         reader, writer = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(2))
         stack.callback(reader.shutdown, wait=True, cancel_futures=True)
         stack.callback(writer.shutdown, wait=True, cancel_futures=True)
+        if images is not None:
+            stack.callback(images.stop)  # a slide's features may take hours; they go on with the next run
         read = partial(_read, engine, settings=settings, identity=identity, images=images, watch=watch)
         waiting: deque[Future[_Work]] = deque()
         for batch in _batches(_read_ahead(reader, jobs, read)):

@@ -186,8 +186,7 @@ def _require_encoder(jobs: Sequence[Job], settings: Settings) -> None:
         if is_image and (is_url(job.slide) or is_url(job.target)):
             raise CohortError(
                 f"{job.slide}: slide images are read, and their features kept, in folders of this machine; copy them "
-                f"here, "
-                "or mount their storage"
+                "here, or mount their storage"
             )
 
 

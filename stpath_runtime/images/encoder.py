@@ -75,7 +75,7 @@ class TileEncoder:
             "engine": sha256(path / ENCODER_MANIFEST),
             "preprocessing": f"{manifest.size} pixels, mean {_shown(manifest.mean)}, std {_shown(manifest.std)}",
             "precision": precision,
-            "backend": backend.name,
+            "backend": f"{backend.name} on {backend.device.partition(':')[0]}",
         }
 
     def __repr__(self) -> str:
@@ -237,7 +237,7 @@ def load_encoder(
         if (path / CONFIG).is_file() and not (path / ENCODER_MANIFEST).is_file():
             raise EncoderError(
                 f"{name}: an encoder as the Hub has it; make an engine of it: stpath export-encoder {name} --out "
-                f"ENCODER"
+                "ENCODER"
             )
         return TileEncoder.load(path, backend=backend, device=device, precision=precision)
     if precision is not None or backend != "onnxruntime":
@@ -252,17 +252,17 @@ def load_encoder(
     raise EncoderError(f"{name}: no such folder; give that of an encoder: stpath export-encoder MODEL --out ENCODER")
 
 
-def require_width(encoder: Encoder, expected: int, engine: str) -> None:
-    """Check that an engine takes this encoder's features.
+def require_width(name: str, width: int, expected: int, engine: str) -> None:
+    """Check that an engine takes the features of an encoder: its name, and how wide they are.
 
     Raises
     ------
     InputError
         If they are of another width.
     """
-    if encoder.width != expected:
+    if width != expected:
         raise EncoderError(
-            f"{encoder.name}: gives {encoder.width:,} features, and {engine} takes {expected:,}; give the encoder that "
+            f"{name}: gives {width:,} features, and {engine} takes {expected:,}; give the encoder that "
             "its model was trained with"
         )
 

@@ -362,8 +362,7 @@ def _kept(error: Exception, item: _Batch) -> Exception:
         return error
     return type(error)(
         f"{error}; the features of the first {item.start:,} of {item.work.total:,} tiles are kept in "
-        f"{item.work.job.half}, which is "
-        "a part and no features file: a later run goes on there"
+        f"{item.work.job.half}, which is a part and no features file: a later run goes on there"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..errors import FileError, ImageError, SlideError
 from ..names import delimiter_of
 from ..readers import read_spots
+from ..slides.slide import first_repeated
 from .tissue import Tissue
 
 POSITIONS = (".csv", ".tsv", ".txt")
@@ -67,9 +68,9 @@ def grid_over(tissue: Tissue, side: int, pitch: float, least: float, size: tuple
     kept = (covered >= least) & (covered > 0) & (corners + side <= np.array(size)).all(axis=1)
     corners = corners[kept]
     names = None
-    if sections and len(corners):
-        shares = [_covered(tissue.pieces == piece, corners, side, tissue.scale) for piece in range(1, tissue.count + 1)]
-        names = [f"section {piece + 1}" for piece in np.argmax(shares, axis=0)]
+    if sections:
+        pieces = (tissue.pieces[part] for part in _windows(corners, side, tissue.scale))
+        names = [f"section {np.bincount(found[found > 0]).argmax()}" for found in pieces]
     return Grid(corners, side, pitch, sections=names)
 
 
@@ -81,13 +82,26 @@ def _covered(
     sums[1:, 1:] = mask
     for axis in (0, 1):
         np.cumsum(sums, axis=axis, out=sums)
-    low = np.floor(corners / scale + 0.5).astype(int)
-    high = np.maximum(np.floor((corners + side) / scale + 0.5).astype(int), low + 1)
+    low, high = _spans(corners, side, scale)
     area = (high - low).prod(axis=1)
     (left, top), (right, bottom) = (np.clip(ends, 0, mask.shape[::-1]).T for ends in (low, high))
     inside = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
     found: npt.NDArray[np.float64] = inside / area
     return found
+
+
+def _spans(
+    corners: npt.NDArray[np.int64], side: int, scale: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The pixels of a mask that each tile covers: from and to, [N, 2], x and y."""
+    low = np.floor(corners / scale + 0.5).astype(np.int64)
+    return low, np.maximum(np.floor((corners + side) / scale + 0.5).astype(np.int64), low + 1)
+
+
+def _windows(corners: npt.NDArray[np.int64], side: int, scale: float) -> Iterator[tuple[slice, slice]]:
+    """The same as rows and columns, tile by tile."""
+    for (left, top), (right, bottom) in zip(*_spans(corners, side, scale), strict=True):
+        yield slice(max(0, top), bottom), slice(max(0, left), right)
 
 
 def grid_at(spots: str | Path, side: int, size: tuple[int, int], sections: str | None, image: Path) -> Grid:
@@ -116,6 +130,10 @@ def grid_at(spots: str | Path, side: int, size: tuple[int, int], sections: str |
         centres, names = _positions(spots)
     else:
         centres, names, named = read_spots(spots, sections)
+    if not names:
+        raise SlideError(f"--spots {spots}: there are no spots in it")
+    if len(set(names)) < len(names):
+        raise SlideError(f"--spots {spots}: spot {first_repeated(names)!r} appears twice; make the names distinct")
     outside = np.flatnonzero(((centres < 0) | (centres >= np.array(size))).any(axis=1))
     if len(outside):
         x, y = centres[outside[0]]

@@ -101,12 +101,13 @@ def _opened(path: Path, given: float | None) -> SlideImage:
         raise FileError(f"{path}: no such file; expected a slide image")
     if path.is_dir():
         raise FileError(f"{path}: a folder; give a slide image (of DICOM: one of its files)")
-    kind = openslide.OpenSlide.detect_format(str(path))
-    if kind is None:
-        if path.suffix.lower() not in PLAIN:
-            raise ImageError(f"{path}: no slide image that OpenSlide reads, or damaged at its start; copy it again")
-        return PlainImage(path, given)
-    _require_rgb(path)
+    known = openslide.OpenSlide.detect_format(str(path)) is not None
+    if not known and path.suffix.lower() not in PLAIN:
+        raise ImageError(f"{path}: no slide image that OpenSlide reads, or damaged at its start; copy it again")
+    samples, description = _tiff_tags(path)
+    _require_rgb(path, samples, description)
+    if not known:
+        return PlainImage(path, given, description)
     try:
         slide = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
@@ -156,10 +157,11 @@ class OpenSlideImage:
 class PlainImage:
     """A plain picture, decoded whole."""
 
-    def __init__(self, path: Path, given: float | None) -> None:
-        if given is None:
+    def __init__(self, path: Path, given: float | None, description: str) -> None:
+        stated = _stated({"tiff.ImageDescription": description})  # of an OME-TIFF in strips
+        if given is None and stated is None:
             raise ImageError(f"{path}: a plain picture, which says no scale; give its um a pixel with --mpp")
-        self.path, self.microns_a_pixel = path, given
+        self.path, self.microns_a_pixel = path, _scale(path, given, stated)
         self._pixels = _decoded(path)
         self.levels: tuple[Level, ...] = (Level((self._pixels.shape[1], self._pixels.shape[0]), 1.0),)
 
@@ -238,25 +240,29 @@ def _number(text: str | None) -> float | None:
     return number if math.isfinite(number) and number > 0 else None
 
 
-def _require_rgb(path: Path) -> None:
-    """Refuse a TIFF whose pixels are not of three colours, such as one of fluorescence: OpenSlide would grey it."""
+def _tiff_tags(path: Path) -> tuple[int, str]:
+    """Samples a pixel and the description of a TIFF; three and none of anything else, and where they cannot be read."""
     from PIL import Image, UnidentifiedImageError
 
-    if path.suffix.lower() not in (".tif", ".tiff", ".svs", ".btf"):
-        return
+    if path.suffix.lower() not in (".tif", ".tiff", ".svs"):
+        return COLOURS, ""
     try:
         with _no_limit(), Image.open(path) as image:
             tags: Any = getattr(image, "tag_v2", {})
-            samples, description = tags.get(277, COLOURS), str(tags.get(270, ""))
+            samples = tags.get(277, COLOURS)
+            return samples if isinstance(samples, int) else COLOURS, str(tags.get(270, ""))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, KeyError, TypeError):
-        return  # OpenSlide says what is wrong with it
+        return COLOURS, ""  # what opens it says what is wrong with it
+
+
+def _require_rgb(path: Path, samples: int, description: str) -> None:
+    """Refuse a TIFF whose pixels are not of three colours, such as one of fluorescence: OpenSlide would grey it."""
     channels = re.search(r'\bSizeC="(\d+)"', description) if "<OME" in description else None
-    count = int(channels[1]) if channels is not None else int(samples) if isinstance(samples, int) else COLOURS
+    count = int(channels[1]) if channels is not None else samples
     if count not in (COLOURS, COLOURS + 1):
         raise ImageError(
             f"{path}: {count} channels, as of fluorescence; STPath's encoders take bright-field images in three "
-            f"colours "
-            "(H&E)"
+            "colours (H&E)"
         )
 
 
@@ -273,8 +279,7 @@ def _decoded(path: Path) -> Pixels:
             if need > available_on_host():
                 raise MemoryLimitError(
                     f"{path}: {width:,} x {height:,} pixels take {need / 2**30:.1f} GiB as a plain picture; convert it "
-                    f"to "
-                    "a tiled TIFF, which is read in parts"
+                    "to a tiled TIFF, which is read in parts"
                 )
             pixels = np.asarray(image)
     except (ImageError, MemoryLimitError):

@@ -40,6 +40,5 @@ class TileSettings:
         if self.spots is None and self.sections not in (None, PIECES):
             raise OptionError(
                 f"--sections {self.sections}: a column of obs, and there is no obs; give --spots with it, or "
-                f"--sections "
-                "alone for the pieces of tissue"
+                "--sections alone for the pieces of tissue"
             )

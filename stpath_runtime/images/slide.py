@@ -46,6 +46,7 @@ class ImageSlides:
 
     def __init__(self, jobs: Iterable[FeaturesJob], encoder: Encoder) -> None:
         self._tell: OnBatch | None = None
+        self._stopping = False
         self._found = extract(jobs, encoder, on_batch=self._on_batch)
 
     def next(
@@ -83,11 +84,17 @@ class ImageSlides:
             spatial = spatial_of(overview, float(patch.level0_pixels), image.microns_a_pixel)
         return slide, {slide_name(source): spatial}
 
+    def stop(self) -> None:
+        """Let `next`, where another thread is in it, end after its batch; to be called before `close`."""
+        self._stopping = True
+
     def close(self) -> None:
         """Stop reading ahead."""
         self._found.close()
 
     def _on_batch(self, job: FeaturesJob, done: int, total: int) -> None:
+        if self._stopping:
+            raise InterruptedError(f"{job.source}: stopped after {done:,} of {total:,} tiles")
         if self._tell is not None:
             self._tell(job, done, total)
 

@@ -216,8 +216,7 @@ def _view(image: SlideImage, side: int, settings: TileSettings) -> View:
     if not tissue.count:
         raise ImageError(
             f"{image.path}: no tissue in it by its colours (the mask is of the saturation); say where it is with "
-            f"--tissue, "
-            "GeoJSON or a mask"
+            "--tissue, GeoJSON or a mask"
         )
     grid = grid_over(tissue, side, settings.pitch / microns, settings.min_tissue, size, settings.sections == PIECES)
     if not len(grid):

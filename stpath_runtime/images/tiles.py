@@ -39,8 +39,7 @@ class TileReader:
         if not finer:
             warn(
                 f"{image.path}: its finest level is {scales[0]:g} um a pixel, coarser than the {wanted:g} that the "
-                f"encoder "
-                "wants; tiles are enlarged"
+                "encoder wants; tiles are enlarged"
             )
         level = max(finer, key=lambda i: scales[i]) if finer else 0
         return cls(image, size, side, level, max(1, round(microns / scales[level])))

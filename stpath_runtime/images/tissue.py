@@ -46,9 +46,7 @@ class Overview:
 class Tissue:
     """The pieces of tissue of an image."""
 
-    pieces: npt.NDArray[
-        np.integer[Any]
-    ]  #: [height, width]: 0 is no tissue, pieces are counted from 1, from left to right
+    pieces: npt.NDArray[np.integer[Any]]  #: [height, width]: 0 is no tissue, from 1 on pieces, from left to right
     scale: float  #: pixels of level 0 that one of its pixels spans
 
     @property
@@ -212,39 +210,37 @@ def _outlined(path: Path, shape: tuple[int, int], scale: float, size: tuple[int,
         low, high = corners.min(axis=0), corners.max(axis=0)
         raise ImageError(
             f"--tissue {path}: its outlines span ({low[0]:,.0f}, {low[1]:,.0f}) to ({high[0]:,.0f}, {high[1]:,.0f}), "
-            f"and "
-            f"the image has {size[0]:,} x {size[1]:,} pixels; it is of another image, or not in pixels of level 0"
+            f"and the image has {size[0]:,} x {size[1]:,} pixels; it is of another image, or not in pixels of level 0"
         )
     mask = np.zeros(shape, bool)
     for rings in areas:
-        mask |= filled([np.asarray(ring, float)[:, :2] / scale for ring in rings], shape)
+        fill([np.asarray(ring, float)[:, :2] / scale for ring in rings], mask)
     return mask
 
 
-def filled(rings: Sequence[npt.NDArray[np.float64]], shape: tuple[int, int]) -> Mask:
-    """The pixels [h, w] whose centres are inside of an area, of which the rings [N, 2] (x, y) are outline and holes.
+def fill(rings: Sequence[npt.NDArray[np.float64]], mask: Mask) -> None:
+    """Add to a mask [h, w] the pixels whose centres are inside of an area: rings [N, 2] (x, y), outline and holes.
 
     A centre is inside if a line to its left crosses the rings an odd number of times.
 
     Examples
     --------
-    >>> filled([np.array([[0, 0], [2, 0], [2, 1], [0, 1]])], (2, 3)).astype(int).tolist()
+    >>> mask = np.zeros((2, 3), bool)
+    >>> fill([np.array([[0, 0], [2, 0], [2, 1], [0, 1]])], mask)
+    >>> mask.astype(int).tolist()
     [[1, 1, 0], [0, 0, 0]]
     """
-    mask = np.zeros(shape, bool)
     start = np.concatenate(rings)
     end = np.concatenate([np.roll(ring, -1, axis=0) for ring in rings])
     low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
-    first, last = max(0, int(low.min() - 0.5)), min(shape[0], int(high.max() + 1))
-    for row in range(first, last):
+    for row in range(max(0, int(low.min() - 0.5)), min(len(mask), int(high.max() + 1))):
         y = row + 0.5
         crossed = (low <= y) & (y < high)
         (x0, y0), (x1, y1) = start[crossed].T, end[crossed].T
         ends = np.sort(x0 + (y - y0) / (y1 - y0) * (x1 - x0))
-        columns = np.clip(np.ceil(ends - 0.5), 0, shape[1]).astype(int)
-        for left, right in zip(columns[::2], columns[1::2], strict=True):
-            mask[row, left:right] ^= True
-    return mask
+        columns = np.clip(np.ceil(ends - 0.5), 0, mask.shape[1]).astype(int)
+        for left, right in zip(columns[::2], columns[1::2], strict=True):  # between an odd and an even crossing
+            mask[row, left:right] = True
 
 
 def _areas(content: Any) -> Iterator[list[list[list[float]]]]:
@@ -279,8 +275,7 @@ def _mask_image(path: Path, shape: tuple[int, int], size: tuple[int, int]) -> Ma
     if abs(ours / theirs - 1) > 2 / min(found.shape) + 0.01:
         raise ImageError(
             f"--tissue {path}: {found.shape[1]:,} x {found.shape[0]:,} pixels, another shape than the image's "
-            f"{size[0]:,} x "
-            f"{size[1]:,}; it is a mask of another image"
+            f"{size[0]:,} x {size[1]:,}; it is a mask of another image"
         )
     rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(shape, found.shape, strict=True))
     mask: Mask = found[rows][:, columns]

@@ -143,8 +143,7 @@ class TileModel(_Model):
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or min(pixels.shape[:2]) < size:
             raise EncoderError(
                 f"a tile is {pixels.dtype} {list(pixels.shape)}; {self.name} takes uint8 [H, W, 3], H and W of {size} "
-                f"pixels "
-                "or more"
+                "pixels or more"
             )
         top, left = ((side - size) // 2 for side in pixels.shape[:2])
         return np.ascontiguousarray(pixels[top : top + size, left : left + size])

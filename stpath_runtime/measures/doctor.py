@@ -165,8 +165,7 @@ def _print(
     if engine is not None and is_encoder(engine):
         console.print(
             f"Differs by: relative L2 of the features of {TILES} tiles of noise against ONNX Runtime on the CPU. The "
-            f"proof "
-            "against timm: stpath verify ENCODER --checkpoint MODEL --backend ..."
+            "proof against timm: stpath verify ENCODER --checkpoint MODEL --backend ..."
         )
     elif engine is not None:
         console.print(

@@ -341,8 +341,7 @@ def warn_of_resize(path: Path, tool: str, patch: Patch, width: int, encoder: str
         if input_pixels != patch.pixels:
             warn(
                 f"{path}: its patches of {patch.pixels} pixels were resized to {input_pixels} before the encoder, "
-                f"which saw "
-                f"{patch.microns / int(input_pixels):.2f} um a pixel; STPath was trained at 0.5: {see}"
+                f"which saw {patch.microns / int(input_pixels):.2f} um a pixel; STPath was trained at 0.5: {see}"
             )
         return
     is_gigapath = width == GIGAPATH if encoder is None else "gigapath" in encoder.lower()

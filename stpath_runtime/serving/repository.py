@@ -82,7 +82,7 @@ def write_model_repository(
     loaded = Engine.load(engine)
     tiles = TileEncoder.load(encoder) if encoder is not None else None
     if tiles is not None:
-        require_width(tiles, loaded.manifest.model.n_features, str(engine))
+        require_width(tiles.name, tiles.width, loaded.manifest.model.n_features, str(engine))
     fused = "fused_knn" if loaded.manifest.model.attention == "knn" else "fused"
     with written_whole(out) as partial:
         _write_python_model(loaded, partial / "stpath", instances)
