@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 from .errors import EngineError
 from .files import sha256
@@ -38,9 +37,92 @@ class ModelConfig:
     neighbors: int = 0  #: with "knn": to how many, itself included
 
 
+class _InFolder:
+    """A manifest in its folder: how it is written, read, and held to the files beside it."""
+
+    FILE: ClassVar[str]  # its name
+    SCHEMA: ClassVar[int]  # that this version reads
+    WHAT: ClassVar[str]  # what messages call the folder
+    MAKE: ClassVar[str]  # the command that makes one
+    schema: int
+    files: dict[str, str]
+
+    def write(self, directory: Path) -> None:
+        """Write it into a folder."""
+        content = json.dumps(asdict(self), indent=2)  # type: ignore[call-overload]
+        (directory / self.FILE).write_text(content + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read it from a folder.
+
+        Raises
+        ------
+        InputError
+            If there is none, it is damaged, or it has another schema than this version reads.
+        """
+        path, again = directory / cls.FILE, f"export the {cls.WHAT} again"
+        if not path.is_file():
+            why = "no such folder" if not directory.exists() else f"it is a folder without {cls.FILE}"
+            why = why if directory.is_dir() or not directory.exists() else "it is a file; give its folder"
+            raise EngineError(f"{directory}: not an {cls.WHAT} ({why}); make one with: {cls.MAKE}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise EngineError(f"{path}: damaged {cls.WHAT} manifest ({error}); {again}") from error
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if type(schema) is int and schema > 0 and schema != cls.SCHEMA:
+            age, upgrade = ("newer", "upgrade stpath-engine, or ") if schema > cls.SCHEMA else ("older", "")
+            raise EngineError(
+                f"{path}: schema {schema} is {age} than {cls.SCHEMA}, which this version reads; {upgrade}{again} "
+                "with this version"
+            )
+        try:
+            manifest = record(cls, content)
+            if manifest.schema != cls.SCHEMA:
+                raise ValueError(f"schema is {manifest.schema}, not {cls.SCHEMA}")
+            manifest.check()
+        except ValueError as error:
+            raise EngineError(f"{path}: damaged {cls.WHAT} manifest ({error}); {again}") from error
+        return manifest
+
+    def check(self) -> None:
+        """Check the values beyond their types: what is damaged must not run.
+
+        Raises
+        ------
+        ValueError
+            If a field has a value that it cannot have; the message names it.
+        """
+        raise NotImplementedError
+
+    def check_files(self, directory: Path) -> None:
+        """Compare every file with its SHA-256.
+
+        Raises
+        ------
+        InputError
+            If a file is missing, truncated or altered.
+        """
+        for name, expected in self.files.items():
+            path = directory / name
+            if not path.is_file():
+                raise EngineError(
+                    f"{path}: missing from the {self.WHAT}; copy it again or export the {self.WHAT} again"
+                )
+            if sha256(path) != expected:
+                raise EngineError(
+                    f"{path}: truncated or altered (its SHA-256 is not the one in {self.FILE}); "
+                    f"copy it again or export the {self.WHAT} again"
+                )
+
+
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(_InFolder):
     """The contents of engine.json."""
+
+    FILE, SCHEMA, WHAT = MANIFEST, SCHEMA, "engine"
+    MAKE = "stpath export CHECKPOINT --out ENGINE"
 
     schema: int
     model: ModelConfig
@@ -52,21 +134,6 @@ class Manifest:
     files: dict[str, str]  #: path in the directory -> sha256
     versions: dict[str, str]  #: library -> version
     parity: dict[str, Any]  #: the proof, as stpath_export.proof writes it
-
-    def write(self, directory: Path) -> None:
-        """Write engine.json."""
-        (directory / MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, directory: Path) -> Manifest:
-        """Read engine.json.
-
-        Raises
-        ------
-        InputError
-            If there is no engine, its manifest is damaged, or it has another schema than this version reads.
-        """
-        return _read(cls, directory, MANIFEST, SCHEMA, "make one with: stpath export CHECKPOINT --out ENGINE")
 
     def check(self) -> None:
         """Check the values beyond their types: a damaged engine must not run.
@@ -96,16 +163,6 @@ class Manifest:
         if self.parity.get("passed", True) is not True:
             raise ValueError("its proof of parity did not pass")
 
-    def check_files(self, directory: Path) -> None:
-        """Compare every file with its SHA-256.
-
-        Raises
-        ------
-        InputError
-            If a file is missing, truncated or altered.
-        """
-        _check_files(self.files, directory, MANIFEST)
-
 
 @dataclass(frozen=True)
 class Scale:
@@ -116,8 +173,11 @@ class Scale:
 
 
 @dataclass(frozen=True)
-class EncoderManifest:
+class EncoderManifest(_InFolder):
     """The contents of encoder.json: a tile encoder, uint8 RGB tiles [N, size, size, 3] in, features [N, width] out."""
+
+    FILE, SCHEMA, WHAT = ENCODER_MANIFEST, ENCODER_SCHEMA, "encoder"
+    MAKE = "stpath export-encoder MODEL --out ENCODER"
 
     schema: int
     encoder: str  #: its name: one that is known, of the Hub, or of its folder
@@ -140,22 +200,6 @@ class EncoderManifest:
     files: dict[str, str]  #: path in the directory -> sha256
     versions: dict[str, str]  #: library -> version
     parity: dict[str, Any]  #: the proof, as stpath_export.encoders.proof writes it
-
-    def write(self, directory: Path) -> None:
-        """Write encoder.json."""
-        (directory / ENCODER_MANIFEST).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def read(cls, directory: Path) -> EncoderManifest:
-        """Read encoder.json.
-
-        Raises
-        ------
-        InputError
-            If there is no encoder, its manifest is damaged, or it has another schema than this version reads.
-        """
-        fix = "make one with: stpath export-encoder MODEL --out ENCODER"
-        return _read(cls, directory, ENCODER_MANIFEST, ENCODER_SCHEMA, fix)
 
     def check(self) -> None:
         """Check the values beyond their types: a damaged encoder must not run.
@@ -180,16 +224,6 @@ class EncoderManifest:
         if self.parity.get("passed", True) is not True:
             raise ValueError("its proof of parity did not pass")
 
-    def check_files(self, directory: Path) -> None:
-        """Compare every file with its SHA-256.
-
-        Raises
-        ------
-        InputError
-            If a file is missing, truncated or altered.
-        """
-        _check_files(self.files, directory, ENCODER_MANIFEST)
-
 
 def is_encoder(directory: Path) -> bool:
     """Whether a folder is a tile encoder's, not an STPath engine's."""
@@ -210,52 +244,6 @@ def read_manifest(directory: Path) -> Manifest | EncoderManifest:
         If it is neither, or its manifest is damaged or of another schema.
     """
     return EncoderManifest.read(directory) if is_encoder(directory) else Manifest.read(directory)
-
-
-T = TypeVar("T", Manifest, EncoderManifest)
-
-
-def _read(cls: type[T], directory: Path, name: str, known_schema: int, fix: str) -> T:
-    """Read a manifest, and check its schema, types and values."""
-    path, what = directory / name, "engine" if name == MANIFEST else "encoder"
-    again = f"export the {what} again"
-    if not path.is_file():
-        why = "no such folder" if not directory.exists() else f"it is a folder without {name}"
-        why = why if directory.is_dir() or not directory.exists() else "it is a file; give its folder"
-        raise EngineError(f"{directory}: not an {what} ({why}); {fix}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path}: damaged {what} manifest ({error}); {again}") from error
-    schema = content.get("schema") if isinstance(content, dict) else None
-    if type(schema) is int and schema > 0 and schema != known_schema:
-        age, upgrade = ("newer", "upgrade stpath-engine, or ") if schema > known_schema else ("older", "")
-        raise EngineError(
-            f"{path}: schema {schema} is {age} than {known_schema}, which this version reads; {upgrade}{again} "
-            "with this version"
-        )
-    try:
-        manifest = record(cls, content)
-        if manifest.schema != known_schema:
-            raise ValueError(f"schema is {manifest.schema}, not {known_schema}")
-        manifest.check()
-    except ValueError as error:
-        raise EngineError(f"{path}: damaged {what} manifest ({error}); {again}") from error
-    return manifest
-
-
-def _check_files(files: Mapping[str, str], directory: Path, manifest: str) -> None:
-    """Compare every file with its SHA-256."""
-    what = "engine" if manifest == MANIFEST else "encoder"
-    for name, expected in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise EngineError(f"{path}: missing from the {what}; copy it again or export the {what} again")
-        if sha256(path) != expected:
-            raise EngineError(
-                f"{path}: truncated or altered (its SHA-256 is not the one in {manifest}); "
-                f"copy it again or export the {what} again"
-            )
 
 
 def graph_files(n_layers: int) -> list[str]:

@@ -288,6 +288,13 @@ def test_spots_outside_of_the_image(encoder, tmp_path):
         extract_one(FeaturesJob(CROP, tmp_path / "a.h5", TileSettings(spots=str(path))), encoder)
 
 
+def test_spots_of_one_name_are_refused(encoder, tmp_path):
+    path = write_positions(tmp_path / "p.csv")
+    path.write_text(path.read_text().replace("AAAT-1", "AAAC-1"))
+    with pytest.raises(InputError, match="spot 'AAAC-1' appears twice"):
+        extract_one(FeaturesJob(CROP, tmp_path / "a.h5", TileSettings(spots=str(path))), encoder)
+
+
 @pytest.mark.parametrize("text", ["a,b\n1,2\n", "", "barcode,in_tissue\nA,1\n", "A,x,0,0,1,1\n", "A,0,0,0,1,1\n"])
 def test_faults_of_a_positions_file(text, encoder, tmp_path):
     (tmp_path / "p.csv").write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,9 @@ from helpers import CROP, without_coverage
 from images_helpers import tissue_pixels, write_svs
 from stpath_runtime.cli.app import main
 from stpath_runtime.engine import Engine
+from stpath_runtime.images.encoder import TileEncoder
+from stpath_runtime.images.features import FeaturesJob
+from stpath_runtime.images.slide import ImageSlides
 from stpath_runtime.readers import read_slide
 
 GENES = "GENE1,GENE2,GENE7"
@@ -239,3 +243,36 @@ def test_images_on_ray_are_those_of_one_machine(words, tmp_path):
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "ray" / name).read_bytes()
     here, ray = (anndata.read_h5ad(tmp_path / out / "a.h5ad") for out in ("here", "ray"))
     np.testing.assert_allclose(here.X, ray.X, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--organ", "Kidny"], "unknown organ 'Kidny'.*Kidney"),
+        (["--tech", "Visum"], "unknown technology 'Visum'"),
+        (["--genes", "GENE_"], "unknown gene"),
+    ],
+)
+def test_names_are_checked_before_features_are_made(more, message, words, tmp_path, capsys):
+    assert main(["predict", str(CROP), *words, *more, "--out", str(tmp_path / "a.h5ad")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []  # no features, no picture
+
+
+def test_a_stop_ends_after_the_batch_that_runs(tiny_encoder, tmp_path):
+    """As of a cohort that is interrupted: a slide's features may take hours, and go on with the next run."""
+    with TileEncoder.load(tiny_encoder) as encoder:
+        slides = ImageSlides([FeaturesJob(CROP, tmp_path / "a.h5")], encoder)
+        seen = []
+
+        def tell(job, done: int, total: int) -> None:
+            seen.append(done)
+            slides.stop()
+
+        with pytest.raises(InterruptedError, match="stopped after"):
+            slides.next("Skin", None, tell)
+        slides.close()
+    assert len(seen) == 1
+    assert not (tmp_path / "a.h5").exists()

@@ -60,6 +60,20 @@ def test_the_scale_of_an_ome_tiff_is_read(size, scale, tmp_path):
         assert image.microns_a_pixel == pytest.approx(scale)
 
 
+def test_an_ome_tiff_in_strips_is_read_whole(tmp_path):
+    """OpenSlide does not take it; its scale stands in the same place."""
+    pixels, size = tissue_pixels(), 'PhysicalSizeX="0.5" PhysicalSizeY="0.5"'
+    tifffile.imwrite(
+        tmp_path / "a.ome.tif", pixels, description=OME.format(c=3, size=size), photometric="rgb", metadata=None
+    )
+    with open_image(tmp_path / "a.ome.tif") as image:
+        assert image.microns_a_pixel == 0.5
+        np.testing.assert_array_equal(image.read(0, 10, 20, 50, 60), pixels[20:80, 10:60])
+    tifffile.imwrite(tmp_path / "b.ome.tif", np.zeros((5, 64, 64), np.uint16), ome=True)
+    with pytest.raises(InputError, match="5 channels, as of fluorescence"), open_image(tmp_path / "b.ome.tif"):
+        pass
+
+
 def test_the_scale_that_is_given_is_taken_and_a_contradiction_warns(tmp_path):
     path = write_svs(tmp_path / "a.svs", tissue_pixels(), 0.25)
     with pytest.warns(InputWarning, match=r"says 0.25 um a pixel; 0.5 is taken"), open_image(path, 0.5) as image:

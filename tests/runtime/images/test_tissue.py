@@ -145,6 +145,18 @@ def test_holes_of_outlines_are_no_tissue(slide, tmp_path):
     assert (tissue.pieces > 0).sum() * tissue.scale**2 == pytest.approx(520 * 650 - 300 * 350, rel=0.05)
 
 
+def test_thousands_of_outlines(slide, tmp_path):
+    """As of cells: a few pixels each."""
+    boxes = [
+        polygon((x, y), (x + 30, y), (x + 30, y + 30), (x, y + 30)) for x in range(0, 1360, 8) for y in range(0, 960, 8)
+    ]
+    (tmp_path / "a.geojson").write_text(json.dumps(boxes))
+    found = overview(slide)
+    tissue = read_tissue(tmp_path / "a.geojson", found, 0.5)
+    grid = grid_over(tissue, 224, 224.0, 0.15, found.size, sections=True)
+    assert set(grid.sections) == {"section 1"}  # they overlap
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
