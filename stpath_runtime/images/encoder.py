@@ -240,6 +240,9 @@ def load_encoder(
                 "ENCODER"
             )
         return TileEncoder.load(path, backend=backend, device=device, precision=precision)
+    none = f"{name}: no such folder; give that of an encoder: stpath export-encoder MODEL --out ENCODER"
+    if "/" in name and not name.startswith(("hf-hub:", "hf_hub:")):
+        raise EncoderError(none)
     if precision is not None or backend != "onnxruntime":
         option = f"--precision {precision}" if precision is not None else f"--backend {backend}"
         raise OptionError(
@@ -249,7 +252,7 @@ def load_encoder(
     for entry in entry_points(group=PLUGINS):
         found: Encoder = entry.load()(name, weights, device)
         return found
-    raise EncoderError(f"{name}: no such folder; give that of an encoder: stpath export-encoder MODEL --out ENCODER")
+    raise EncoderError(none)
 
 
 def require_width(name: str, width: int, expected: int, engine: str) -> None:

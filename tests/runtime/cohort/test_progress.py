@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from stpath_runtime.cohort.pipeline import Outcome
 from stpath_runtime.cohort.progress import cohort_progress
-from stpath_runtime.progress import progress_bar
+from stpath_runtime.images.features import FeaturesJob
+from stpath_runtime.progress import progress_bar, tile_bars
 
 DONE = Outcome("a[b].h5", "out/a.h5ad", "done", spots=1_200, seconds=2.0, warnings=("few spots",))
 SKIPPED = Outcome("c.h5", "out/c.h5ad", "skipped")
@@ -38,6 +40,31 @@ def test_a_bar_on_a_terminal(terminal, capsys):
 def test_no_bar_in_a_pipe(capsys):
     with progress_bar("encoding") as on_tile:
         assert on_tile is None
+    assert shown(capsys) == ""
+
+
+def test_bars_of_tiles(terminal, capsys):
+    one, other = (FeaturesJob(Path(name), Path("s.h5")) for name in ("a/one.svs", "a/other.svs"))
+    with tile_bars(2) as tell:
+        tell(one, 20, 40)
+        tell(other, 60, 60)
+    said = shown(capsys)
+    assert re.search(r"one.svs .* 50%", said)
+    assert re.search(r"other.svs .* 100%", said)
+    assert re.search(r"2 slides .* 80%", said)
+
+
+def test_a_bar_of_one_slide_tells_of_it_alone(terminal, capsys):
+    with tile_bars(1) as tell:
+        tell(FeaturesJob(Path("one.svs"), Path("s.h5")), 1, 4)
+    said = shown(capsys)
+    assert re.search(r"one.svs .* 25%", said)
+    assert "slides" not in said
+
+
+def test_no_bars_of_tiles_in_a_pipe(capsys):
+    with tile_bars(2) as tell:
+        assert tell is None
     assert shown(capsys) == ""
 
 

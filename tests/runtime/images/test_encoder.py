@@ -96,6 +96,9 @@ def test_what_is_no_encoder_says_what_to_do(encoder_folder, tiny_engine, tiny_en
         load_encoder(str(encoder_folder))
     with pytest.raises(InputError, match="not an encoder"):
         load_encoder(str(tiny_engine))
+    for path in (tmp_path / "nothing", "./encoder", "~/encoder"):
+        with pytest.raises(InputError, match=f"^{path}: no such folder; give that of an encoder"):
+            load_encoder(str(path), precision="bf16")
     with pytest.raises(InputError, match="--precision bf16: 'gigapath' is no folder, so a model of timm"):
         load_encoder("gigapath", precision="bf16")
     with pytest.raises(InputError, match="unknown encoder 'gigapth'"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -339,6 +340,23 @@ def test_the_command(tiny_encoder, tmp_path, capsys):
     assert "spots, 96 features" in said.out  # the other one is made
     assert main([*words, "--mpp", "0.25"]) == 2
     assert "is of other tiles" in capsys.readouterr().err
+
+
+def test_the_command_chooses_a_backend_and_says_which(tiny_encoder, tmp_path, capsys):
+    words = [
+        "features",
+        str(CROP),
+        "--encoder",
+        str(tiny_encoder),
+        "--backend",
+        "auto",
+        "--out",
+        str(tmp_path / "a.h5"),
+    ]
+    assert main(words) == 0
+    chosen = re.search(r"openvino|onnxruntime", capsys.readouterr().err)[0]
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert file.attrs["backend"] == f"{chosen} on cpu"
 
 
 def test_a_run_of_other_settings_does_not_take_the_file_of_one_at_work(encoder, tmp_path):

@@ -58,10 +58,10 @@ def write_hdf5(path: Path, attributes: dict | None = None, **datasets) -> Path:
     return path
 
 
-def write_trident(path: Path, features=FEATURES, coords=COORDS, attributes=None) -> Path:
+def write_trident(path: Path, features=FEATURES, coords=COORDS, attributes=None, encoder="gigapath") -> Path:
     """As trident.IO.save_h5 does: resizable, one chunk a row; attributes of None as the text 'None'."""
     attributes = {
-        "features": {"name": "slide", "savetodir": "out", "encoder": "gigapath"},
+        "features": {"name": "slide", "savetodir": "out"} | ({} if encoder is None else {"encoder": encoder}),
         "coords": TRIDENT_COORDS if attributes is None else attributes,
     }
     with h5py.File(path, "w") as file:

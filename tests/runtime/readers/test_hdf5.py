@@ -56,6 +56,62 @@ def test_patches_far_from_the_published_size_warn(tmp_path):
         assert read_slide(path).patch == Patch(512, 20, 512, 40)
 
 
+CROPPED = TRIDENT_COORDS | {"patch_size": 224, "patch_size_level0": 448}
+
+
+@pytest.mark.parametrize(
+    ("folder", "encoder", "savetodir"),
+    [
+        (".", "gigapath", "out"),
+        (".", "prov-GigaPath", "out"),
+        (".", None, "out/20x_224px_0px_overlap/features_gigapath"),
+        ("features_gigapath", None, "out"),
+        (".", None, "out"),  # by the width of 1,536 alone
+    ],
+)
+def test_patches_that_trident_cropped_for_gigapath_warn(folder, encoder, savetodir, tmp_path):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    wide = np.zeros((5, 1536 if encoder is None else 8), np.float32)
+    attributes = CROPPED | {"savetodir": savetodir}
+    path = write_trident(tmp_path / folder / "s.h5", wide, attributes=attributes, encoder=encoder)
+    with pytest.warns(InputWarning, match=r"s.h5: patches of 224 pixels by TRIDENT.* saw 98 um, not 112"):
+        read_slide(path)
+
+
+@pytest.mark.parametrize("encoder", ["uni_v1", "features_hoptimus1"])
+def test_patches_for_other_encoders_are_whole(encoder, tmp_path):
+    by_name = write_trident(tmp_path / "s.h5", np.zeros((5, 1536), np.float32), attributes=CROPPED, encoder=encoder)
+    assert read_slide(by_name).patch == Patch(224, 20, 448, 40)
+    (tmp_path / f"features_{encoder}").mkdir()
+    by_folder = tmp_path / f"features_{encoder}" / "s.h5"
+    write_trident(by_folder, np.zeros((5, 1536), np.float32), attributes=CROPPED, encoder=None)
+    assert read_slide(by_folder).patch == Patch(224, 20, 448, 40)
+
+
+def test_what_a_file_says_of_the_encoders_input_counts(tmp_path):
+    path = write_trident(tmp_path / "s.h5", attributes=CROPPED | {"patch_encoder_img_size": 224})
+    assert read_slide(path).patch == Patch(224, 20, 448, 40)
+    path = write_trident(tmp_path / "t.h5", attributes=TRIDENT_COORDS | {"patch_encoder_img_size": 224})
+    with pytest.warns(InputWarning, match=r"t.h5: its patches of 256 pixels were resized to 224 .* saw 0.57 um"):
+        read_slide(path)
+
+
+def test_features_of_our_own_tell_of_no_tool(tmp_path):
+    path = write_trident(tmp_path / "s.h5", np.zeros((5, 1536), np.float32), attributes=CROPPED)
+    with h5py.File(path, "r+") as file:
+        file.attrs["preprocessing"] = "{}"
+    assert read_slide(path).patch == Patch(224, 20, 448, 40)
+
+
+def test_features_without_a_width_are_refused_in_one_line(tmp_path):
+    path = write_trident(tmp_path / "s.h5", FEATURES[:, 0].copy(), attributes=CROPPED)
+    with pytest.raises(InputError, match="features"):
+        read_slide(path)
+    path = write_hdf5(tmp_path / "t.h5", attributes=CROPPED, features=np.float32(1), coords=COORDS)
+    with pytest.raises(InputError, match="features"):
+        read_slide(path)
+
+
 NONSENSE = [0, -1, np.nan, np.inf, "None", "twenty", b"\xff", np.array([256, 256]), True, 1e300, np.uint64(2**63)]
 
 

@@ -21,6 +21,7 @@ from stpath_runtime import InputError, InputWarning, read_slide
 from stpath_runtime.slides.slide import Patch
 
 ORDER = [3, 1, 4, 0, 2]
+CROPPED = {"tile_spec": {"tiles": TILE_SPEC | {"height": 224, "width": 224}}}
 
 
 @pytest.mark.parametrize("name", ["s.zarr", "s.zarr.zip"])
@@ -33,6 +34,14 @@ def test_a_table_of_tiles(name, version, tmp_path):
     np.testing.assert_array_equal(slide.coords, COORDS[ORDER])
     assert slide.patch == Patch(256, 20, 512, 40)
     assert slide.technology == "Visium"
+
+
+def test_tiles_that_lazyslide_cropped_for_gigapath_warn(tmp_path):
+    path = write_spatialdata(tmp_path / "s.zarr", attrs=CROPPED)
+    with pytest.warns(InputWarning, match=r"patches of 224 pixels by LazySlide.* saw 98 um, not 112"):
+        read_slide(path)
+    tables = {"uni_tiles": make_table(range(5))}
+    assert read_slide(write_spatialdata(tmp_path / "t.zarr", tables, attrs=CROPPED)).patch == Patch(224, 20, 448, 40)
 
 
 @settings(max_examples=5, deadline=None)

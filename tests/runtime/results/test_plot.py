@@ -39,6 +39,26 @@ def test_every_shape_shows_its_spots(shape, tmp_path):
     assert max(picture.shape[:2]) < 4000
 
 
+def test_a_picture_of_the_tissue_lies_below(tmp_path):
+    """The middle of the tissue is green: its own panel shows that, and the genes' around their spots."""
+    from matplotlib import image
+
+    adata = prediction([[50, 50], [150, 50], [50, 150], [150, 150]])
+    tissue = np.full((20, 20, 3), 255, np.uint8)
+    tissue[8:12, 8:12] = (0, 200, 0)
+    scales = {"tissue_hires_scalef": 0.1, "spot_diameter_fullres": 40.0}
+    adata.uns["spatial"] = {"slide": {"images": {"hires": tissue}, "scalefactors": scales}}
+    plot_genes(adata, ["A"], tmp_path / "p.png")
+    picture = image.imread(tmp_path / "p.png")[..., :3]
+    green = (picture[..., 1] > 0.7) & (picture[..., 0] < 0.1) & (picture[..., 2] < 0.1)
+    middle = picture.shape[1] // 2
+    alone, below = green[:, :middle], green[:, middle:]
+    assert alone.any()
+    assert 0.3 < below.sum() / alone.sum() <= 1.1
+    rows, columns = np.nonzero(alone)
+    assert abs(np.ptp(rows) - np.ptp(columns)) <= 2, "the tissue is stretched"
+
+
 def test_names_are_no_formulas(tmp_path):
     plot_genes(prediction(SHAPES["grid"], ["$A_{x$"]), ["$A_{x$"], tmp_path / "p.png", title="$bad_{ " + "long " * 99)
     assert (tmp_path / "p.png").exists()
