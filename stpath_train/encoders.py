@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stpath_runtime.errors import EncoderError, FileError, InstallError, first_line
+from stpath_runtime.images.encoder import CONFIG, HUB_PREFIXES
 from stpath_runtime.slides.vocabulary import nearest_names
 
 from .download import HUB, hub_errors
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 TOKEN, MEAN, TOKEN_AND_MEAN = "token", "mean", "token and mean"  # how tokens become features
 POOLINGS = {"token": TOKEN, "avg": MEAN, "": TOKEN_AND_MEAN}  # by timm's global_pool
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std

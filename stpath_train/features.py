@@ -16,10 +16,11 @@ import numpy.typing as npt
 
 from stpath_runtime.errors import DeviceError, EncoderError, MemoryLimitError, first_line
 from stpath_runtime.files import sha256
+from stpath_runtime.images.encoder import HUB_PREFIXES
 from stpath_runtime.slides.vocabulary import nearest_names
 
 from .download import HUB, hub_errors
-from .encoders import HUB_PREFIXES, IMAGENET, KNOWN, find_encoder, import_timm
+from .encoders import IMAGENET, KNOWN, find_encoder, import_timm
 
 if TYPE_CHECKING:
     import torch

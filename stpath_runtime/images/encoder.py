@@ -31,6 +31,7 @@ SECONDS = 20.0  # of measuring, at most, beyond the batch that is being measured
 GAIN = 1.05  # what the next size has to bring for larger ones to be tried
 NEAR = 0.97  # of the best throughput: the smallest size that reaches it is taken
 CONFIG = "config.json"  # of a model as the Hub has it
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")  # of the names that it has there
 PLUGINS = "stpath.encoders"  # entry points of what loads encoders by name
 BATCHES = "cache/batches.json"  # what was measured, in the encoder's folder
 
@@ -240,19 +241,20 @@ def load_encoder(
                 "ENCODER"
             )
         return TileEncoder.load(path, backend=backend, device=device, precision=precision)
-    none = f"{name}: no such folder; give that of an encoder: stpath export-encoder MODEL --out ENCODER"
-    if "/" in name and not name.startswith(("hf-hub:", "hf_hub:")):
-        raise EncoderError(none)
+    is_path = "/" in name and not name.startswith(HUB_PREFIXES)
+    loaders = [] if is_path else list(entry_points(group=PLUGINS))
+    if not loaders:
+        raise EncoderError(
+            f"{name}: no such folder; give that of an encoder: stpath export-encoder MODEL --out ENCODER"
+        )
     if precision is not None or backend != "onnxruntime":
         option = f"--precision {precision}" if precision is not None else f"--backend {backend}"
         raise OptionError(
             f"{option}: {name!r} is no folder, so a model of timm, which PyTorch runs in float32; export it: stpath "
             f"export-encoder {name} --out ENCODER"
         )
-    for entry in entry_points(group=PLUGINS):
-        found: Encoder = entry.load()(name, weights, device)
-        return found
-    raise EncoderError(none)
+    found: Encoder = loaders[0].load()(name, weights, device)
+    return found
 
 
 def require_width(name: str, width: int, expected: int, engine: str) -> None:

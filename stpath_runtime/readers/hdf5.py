@@ -185,9 +185,9 @@ def read_features(source: Source, features_key: str | None) -> Parts:
     ):
         sections = [name.decode() if isinstance(name, bytes) else str(name) for name in names]
     patch = _patch(source.attributes("coords"), path)
-    if patch is not None and features.ndim == 2 and OURS not in source.attributes():
+    if OURS not in source.attributes():
         said = {**source.attributes(), **source.attributes(name), **source.attributes("coords")}
-        warn_of_resize(path, "TRIDENT", patch, features.shape[-1], _encoder(said, path), said.get(ENCODER_INPUT))
+        warn_of_resize(path, "TRIDENT", patch, features, _encoder(said, path), said.get(ENCODER_INPUT))
     return Parts(coords, features, barcodes, patch, sections)
 
 

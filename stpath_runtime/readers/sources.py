@@ -321,7 +321,9 @@ def patch_sizes(
     return found
 
 
-def warn_of_resize(path: Path, tool: str, patch: Patch, width: int, encoder: str | None, input_pixels: Any) -> None:
+def warn_of_resize(
+    path: Path, tool: str, patch: Patch | None, features: npt.NDArray[Any], encoder: str | None, input_pixels: Any
+) -> None:
     """Warn where a tool's file betrays that its patches were resized before the encoder saw them.
 
     TRIDENT and LazySlide resize to 256 pixels and cut out the middle 224 before Gigapath, as its authors do: of a patch
@@ -329,13 +331,15 @@ def warn_of_resize(path: Path, tool: str, patch: Patch, width: int, encoder: str
 
     Parameters
     ----------
-    width
-        Of the features.
+    features
+        [N, F]; of another shape, which is refused where the slide is made, they are not looked at.
     encoder
         What computed them, as the file says; None: it says nothing.
     input_pixels
         What the file says that the encoder took; None: it says nothing.
     """
+    if patch is None or features.ndim != 2:
+        return
     see = "docs/features.md has the right call"
     if isinstance(input_pixels, int | np.integer) and not isinstance(input_pixels, bool) and input_pixels > 0:
         if input_pixels != patch.pixels:
@@ -344,7 +348,7 @@ def warn_of_resize(path: Path, tool: str, patch: Patch, width: int, encoder: str
                 f"which saw {patch.microns / int(input_pixels):.2f} um a pixel; STPath was trained at 0.5: {see}"
             )
         return
-    is_gigapath = width == GIGAPATH if encoder is None else "gigapath" in encoder.lower()
+    is_gigapath = features.shape[1] == GIGAPATH if encoder is None else "gigapath" in encoder.lower()
     if patch.pixels == CROPPED and is_gigapath:
         warn(
             f"{path}: patches of {CROPPED} pixels by {tool}, which resizes them to 256 and cuts out {CROPPED} before "

@@ -61,8 +61,7 @@ def read_spatialdata(source: ZarrSource, features_key: str | None) -> Parts:
             "rows have a place"
         )
     features = dense(source, f"{folder}/{key}")
-    if patch is not None and features.ndim == 2:
-        warn_of_resize(source.path, "LazySlide", patch, features.shape[1], table, None)
+    warn_of_resize(source.path, "LazySlide", patch, features, table, None)
     return Parts(coords, features, read_names(source, f"{folder}/obs"), patch)
 
 

@@ -343,19 +343,11 @@ def test_the_command(tiny_encoder, tmp_path, capsys):
 
 
 def test_the_command_chooses_a_backend_and_says_which(tiny_encoder, tmp_path, capsys):
-    words = [
-        "features",
-        str(CROP),
-        "--encoder",
-        str(tiny_encoder),
-        "--backend",
-        "auto",
-        "--out",
-        str(tmp_path / "a.h5"),
-    ]
+    out = tmp_path / "a.h5"
+    words = ["features", str(CROP), "--encoder", str(tiny_encoder), "--backend", "auto", "--out", str(out)]
     assert main(words) == 0
     chosen = re.search(r"openvino|onnxruntime", capsys.readouterr().err)[0]
-    with h5py.File(tmp_path / "a.h5") as file:
+    with h5py.File(out) as file:
         assert file.attrs["backend"] == f"{chosen} on cpu"
 
 

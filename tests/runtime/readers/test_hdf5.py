@@ -78,7 +78,7 @@ def test_patches_that_trident_cropped_for_gigapath_warn(folder, encoder, savetod
         read_slide(path)
 
 
-@pytest.mark.parametrize("encoder", ["uni_v1", "features_hoptimus1"])
+@pytest.mark.parametrize("encoder", ["uni_v1", "hoptimus1"])
 def test_patches_for_other_encoders_are_whole(encoder, tmp_path):
     by_name = write_trident(tmp_path / "s.h5", np.zeros((5, 1536), np.float32), attributes=CROPPED, encoder=encoder)
     assert read_slide(by_name).patch == Patch(224, 20, 448, 40)
@@ -105,10 +105,10 @@ def test_features_of_our_own_tell_of_no_tool(tmp_path):
 
 def test_features_without_a_width_are_refused_in_one_line(tmp_path):
     path = write_trident(tmp_path / "s.h5", FEATURES[:, 0].copy(), attributes=CROPPED)
-    with pytest.raises(InputError, match="features"):
+    with pytest.raises(InputError, match=r"s.h5: features have the shape \[5\]; expected \[N, F\]$"):
         read_slide(path)
     path = write_hdf5(tmp_path / "t.h5", attributes=CROPPED, features=np.float32(1), coords=COORDS)
-    with pytest.raises(InputError, match="features"):
+    with pytest.raises(InputError, match=r"t.h5: features have the shape \[\]; expected \[N, F\]$"):
         read_slide(path)
 
 
