@@ -124,6 +124,7 @@ def prove(
         As `Engine.load`, and if a slide does not fit the engine.
     """
     engine = Engine.load(directory, backend=backend, device=device, precision=precision)
+    engine.manifest.check_files(directory)
     cases = all_cases(model, engine.vocabulary, given)
     for case in cases:
         check_slide(case.slide, engine.manifest)

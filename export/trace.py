@@ -180,6 +180,7 @@ class Tracer:
     def __init__(self, backend: Backend, handed: Mapping[str, Sequence[Floats]]) -> None:
         self.name, self.device = backend.name, backend.device
         self.most_rows, self.keeps_tiles = backend.most_rows, backend.keeps_tiles
+        self.tiles_at_once = 1  # they are kept in their order
         self._backend, self._handed = backend, handed
         self._tiles: dict[str, list[list[Floats]]] = {}
 

@@ -77,6 +77,8 @@ class Engine:
     ) -> Engine:
         """Load an engine folder, and check its manifest and the hash of every file.
 
+        A file that has not changed since it was last read, by its size, inode and times, is not read again.
+
         Parameters
         ----------
         backend
@@ -100,7 +102,7 @@ class Engine:
         path = Path(path)
         manifest = Manifest.read(path)
         digest = sha256(path / MANIFEST)
-        manifest.check_files(path)
+        manifest.check_files(path, afresh=False)
         vocabulary = GeneVocabulary.read(path / GENES)
         if vocabulary.n_tokens != manifest.model.n_tokens:
             raise EngineError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ PARTIAL = re.compile(
     r"\.(?P<name>.+)\.(?:(?P<host>\w+)-)?(?P<process>\d+)(?:-[0-9a-f]{8})?\.(?P<kind>partial|earlier)", re.DOTALL
 )
 LONGEST_NAME = 150  # bytes of the final name that a partial name starts with; file systems allow 255 in all
+SETTLED = 2_000_000_000  # nanoseconds since the last change of a file, from which its hash is kept
 WEEK = 7 * 24 * 3600  # seconds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 
@@ -190,3 +192,33 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """SHA-256 of a file, from the user's cache if neither its size, inode nor times of change differ since it was made.
+
+    The time of its inode's change (ctime) is among them, which no program sets: `touch` and `cp -p` do not hide what
+    they did. What a disk loses by itself goes unseen; `stpath doctor` and `stpath verify` read it.
+    """
+    before = _state(path)
+    noted = _cache() / "sha256" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    with suppress(OSError, ValueError, TypeError):
+        state, digest = json.loads(noted.read_text())
+        if state == before and isinstance(digest, str):
+            return digest
+    digest = sha256(path)
+    # A write in the tick of the clock in which it was read would leave the same times.
+    if _state(path) == before and time.time_ns() - max(before[2:4]) > SETTLED:
+        with suppress(OSError, OutputError), written_whole(noted) as partial:
+            partial.write_text(json.dumps([before, digest]))
+    return digest
+
+
+def _state(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev]
+
+
+def _cache() -> Path:
+    """The user's folder for what can be made again, by the XDG specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stpath"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from .errors import EngineError
-from .files import sha256
+from .files import known_sha256, sha256
 from .records import record
 
 SCHEMA = 2  # 2: the graphs of global attention mask keys that pad, and gene rows are picked in the graph
@@ -96,8 +96,13 @@ class _InFolder:
         """
         raise NotImplementedError
 
-    def check_files(self, directory: Path) -> None:
+    def check_files(self, directory: Path, afresh: bool = True) -> None:
         """Compare every file with its SHA-256.
+
+        Parameters
+        ----------
+        afresh
+            Whether to read the files; or else only those that have changed since they were last read.
 
         Raises
         ------
@@ -110,7 +115,7 @@ class _InFolder:
                 raise EngineError(
                     f"{path}: missing from the {self.WHAT}; copy it again or export the {self.WHAT} again"
                 )
-            if sha256(path) != expected:
+            if (sha256(path) if afresh else known_sha256(path)) != expected:
                 raise EngineError(
                     f"{path}: truncated or altered (its SHA-256 is not the one in {self.FILE}); "
                     f"copy it again or export the {self.WHAT} again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..encoding.backend import Arrays, Workspace
+from ..encoding.backend import ON_ONE_THREAD, Arrays, Workspace
 from ..encoding.sizes import MOST_ROWS
+from ..encoding.threads import cores
 from ..errors import BackendError, InstallError, MemoryLimitError, first_line
 from ..machine import available_on_host, installed
 from .workspace import HostWorkspace, require_open
@@ -39,7 +41,9 @@ class OnnxRuntimeBackend:
     def __init__(self, engine: Path) -> None:
         self._ort = _import_onnxruntime()
         self._engine = engine
+        self.tiles_at_once = cores()
         self._sessions: dict[str, Any] = {}
+        self._loading = threading.Lock()
         self._closed = False
         _share_host_memory(self._ort)
 
@@ -84,12 +88,15 @@ class OnnxRuntimeBackend:
 
     def _session(self, graph: str) -> Any:
         require_open(self._closed, self._engine)
-        if graph not in self._sessions:
-            self._sessions[graph] = self._load(graph)
-        return self._sessions[graph]
+        with self._loading:  # once, whichever of the tiles at once comes first
+            if graph not in self._sessions:
+                self._sessions[graph] = self._load(graph)
+            return self._sessions[graph]
 
     def _load(self, graph: str) -> Any:
         options, provider_options = self._options()
+        if self.tiles_at_once > 1 and graph.startswith(ON_ONE_THREAD):
+            options.intra_op_num_threads = 1  # no operator waits for the threads of another
         path = self._engine / f"{graph}.onnx"
         try:
             # No fallback: if the provider fails, ONNX Runtime's Python API would silently use the CPU.

@@ -51,6 +51,7 @@ class OnnxRuntimeCudaBackend(OnnxRuntimeBackend):
         if not re.fullmatch(r"cuda(:\d+)?", device):
             raise DeviceError(f"unknown device {device!r} for ONNX Runtime; give cpu or cuda:N")
         super().__init__(engine)
+        self.tiles_at_once = 1
         if self.provider not in self._ort.get_available_providers():
             raise InstallError(
                 f"device {device}: the installed ONNX Runtime runs on the CPU only; run: pip uninstall "

@@ -75,6 +75,7 @@ class OpenVinoBackend:
     name = "openvino"
     device = "cpu"
     most_rows = MOST_ROWS
+    tiles_at_once = 1  # two, with a thread each, are slower (NUM_STREAMS)
     keeps_tiles = True  # release_memory() frees nothing of what dynamic shapes took
 
     def __init__(self, engine: Path, device: str, precision: str) -> None:

@@ -48,6 +48,7 @@ class TensorRtBackend:
     """
 
     most_rows = MOST_ROWS  # which plans are built for
+    tiles_at_once = 1
     keeps_tiles = False  # all graphs share one piece of memory
 
     def __init__(self, engine: Path, device: str, library: str = "tensorrt") -> None:

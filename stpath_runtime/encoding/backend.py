@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+ON_ONE_THREAD = ("embed", "block_", "knn_block_")  # begin the names of the graphs of which several tiles run at once
 Array = Any  # NumPy's, or one in the memory of a device; rows of it are taken by slices
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 
@@ -44,7 +45,8 @@ class Backend(Protocol):
 
     name: str  #: as in BACKENDS
     device: str  #: "cpu" or "cuda:N"
-    most_rows: int  #: in a tile: more do not make the device busier
+    most_rows: int  #: in all tiles that run at once: more do not make the device busier
+    tiles_at_once: int  #: of a stage, each on a thread of its own
     keeps_tiles: bool  #: whether each graph keeps the memory of its largest tile for as long as it is loaded
 
     def run(self, graph: str, inputs: Arrays) -> list[npt.NDArray[np.generic]]:

@@ -15,7 +15,8 @@ Global and kNN attention run the same stages. They differ in the order of the ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,25 @@ from ..errors import MemoryLimitError, SlideError
 from ..manifest import ModelConfig
 from ..progress import OnTile
 from ..slides.vocabulary import MASK_TOKEN
-from .attention import AllSpots, Keys, NearestSpots, Spots
-from .backend import Backend
-from .sizes import BLOCK, CHUNK, DECODED_ROWS, DTYPES, GENES_AT_ONCE, KV_DTYPES, MOST_BYTES, MOST_ELEMENTS, MOST_ROWS
+from .attention import AllSpots, Keys, NearestSpots, Spots, Tile
+from .backend import Array, Backend
+from .sizes import (
+    BLOCK,
+    CHUNK,
+    DECODED_ROWS,
+    DTYPES,
+    GENES_AT_ONCE,
+    KV_DTYPES,
+    LEAST_ROWS,
+    MOST_BYTES,
+    MOST_ELEMENTS,
+    MOST_ROWS,
+    ROWS_AT_ONCE,
+)
+from .threads import each
 
 Floats = npt.NDArray[Any]
+KV_NAMES = (("k", "v"), ("k_next", "v_next"))
 ExpressionTile = tuple[slice, slice, npt.NDArray[np.float32]]  # spots, genes, values [spots, genes]
 
 
@@ -75,7 +90,8 @@ def encode(
     if keys.keys_of_tile and backend.keeps_tiles:  # each graph keeps k and v as given, and transposed
         kept += 4 * keys.keys_of_tile * d * 4 * graphs
         graphs = 1  # the rest of a tile is small beside it
-    size = tile or tile_rows(keys, model, kept, memory, spots.name, backend.most_rows, graphs)
+    size, at_once = tile_rows(keys, model, kept, memory, spots.name, backend, graphs)
+    size = tile or size
     done, total = 0, n * (1 + model.n_layers)
 
     def tick(rows: slice) -> None:
@@ -87,23 +103,32 @@ def encode(
     genes = gene_rows(backend, dtype, spots)
     with backend.workspace() as at:
         x = at.zeros("x", (n, d), dtype)
-        k, v, k_next, v_next = (at.zeros(name, (keys.keys, d), kv_dtype) for name in ("k", "v", "k_next", "v_next"))
-        for rows in row_slices(n, min(size, most_rows(model.n_features * 4)), keys.unit):
+        kv, kv_next = ([at.zeros(name, (keys.keys, d), kv_dtype) for name in names] for names in KV_NAMES)
+
+        def embed(kv: Sequence[Array], rows: slice) -> slice:
             inputs = _embed_inputs(spots, keys.spots(rows), *genes)
-            at.run("embed", inputs, {"x": x[rows], "k": k[rows], "v": v[rows]})
+            at.run("embed", inputs, {"x": x[rows], "k": kv[0][rows], "v": kv[1][rows]})
+            return rows
+
+        def block(layer: int, kv: Sequence[Array], kv_next: Sequence[Array], tile: Tile) -> slice:
+            rows = tile.rows
+            taken = kv if tile.keys is None else [whole[tile.keys] for whole in kv]
+            outputs = {"x_next": x[rows]}
+            if layer < model.n_layers:
+                outputs |= {"k_next": kv_next[0][rows], "v_next": kv_next[1][rows]}
+            given = {"x": x[rows], "k": taken[0], "v": taken[1], **tile.inputs}
+            at.run(f"{keys.graph}_{layer}", given, outputs)
+            return rows
+
+        parts = list(row_slices(n, min(size, most_rows(model.n_features * 4)), keys.unit, at_once))
+        for rows in each(partial(embed, kv), parts, at_once):
             tick(rows)
-        tiles = keys.tiles(list(row_slices(n, size, keys.unit)), at)
+        tiles = keys.tiles(list(row_slices(n, size, keys.unit, at_once)), at)
         for layer in range(1, model.n_layers + 1):
-            for tile_ in tiles:
-                rows = tile_.rows
-                taken = {"k": k, "v": v} if tile_.keys is None else {"k": k[tile_.keys], "v": v[tile_.keys]}
-                outputs = {"x_next": x[rows]}
-                if layer < model.n_layers:
-                    outputs |= {"k_next": k_next[rows], "v_next": v_next[rows]}
-                at.run(f"{keys.graph}_{layer}", {"x": x[rows], **taken, **tile_.inputs}, outputs)
+            for rows in each(partial(block, layer, kv, kv_next), tiles, at_once):
                 tick(rows)
-            (k, k_next), (v, v_next) = (k_next, k), (v_next, v)
-        del k, v, k_next, v_next, tiles  # so that the copy below can use their memory
+            kv, kv_next = kv_next, kv
+        del kv, kv_next, tiles  # so that the copy below can use their memory
         embedding: npt.NDArray[np.float32] = keys.of_spots(at.fetch(x)).astype(np.float32, copy=False)
     _require_finite(embedding, spots.name, precision)
     return embedding
@@ -179,8 +204,10 @@ def decode(
             yield spots, genes, values.astype(np.float32, copy=False)
 
 
-def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str, most_rows: int, graphs: int) -> int:
-    """Rows of a tile: as many as help, within the memory that is left beside the bytes that are kept.
+def tile_rows(
+    keys: Keys, model: ModelConfig, kept: int, memory: int, name: str, backend: Backend, graphs: int
+) -> tuple[int, int]:
+    """Rows of a tile, and tiles at once: as many as help, within the memory left beside the bytes that are kept.
 
     Parameters
     ----------
@@ -196,7 +223,7 @@ def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str,
     """
     # Beside its keys, a row of a tile has activations: x, q, attention, mlp (twice), k, v; and its features.
     row_bytes = graphs * (keys.row_bytes + (6 * model.d_model + 2 * model.d_mlp + model.n_features) * 4)
-    fit = (memory - kept) // row_bytes // keys.unit * keys.unit
+    fit = (memory - kept) // row_bytes // keys.unit  # units
     least = kept + keys.unit * row_bytes
     if memory < least:
         raise MemoryLimitError(
@@ -205,16 +232,20 @@ def tile_rows(keys: Keys, model: ModelConfig, kept: int, memory: int, name: str,
         )
     # The scores of a tile, and the keys of its blocks, are the largest tensors.
     most = MOST_ELEMENTS // (keys.keys_of_row * max(model.n_heads, model.d_model // BLOCK)) // keys.unit * keys.unit
-    return min(fit, most_rows, max(most, keys.unit))
+    at_once = max(1, min(backend.tiles_at_once, fit, keys.rows // LEAST_ROWS))
+    useful = backend.most_rows if at_once == 1 else max(ROWS_AT_ONCE, backend.most_rows // at_once)
+    return min(fit // at_once * keys.unit, useful, max(most, keys.unit)), at_once
 
 
-def row_slices(n: int, size: int, unit: int) -> Iterator[slice]:
+def row_slices(n: int, size: int, unit: int, at_once: int = 1) -> Iterator[slice]:
     """Slices that cover n rows, nearly equal, none above `size`, each starting at a multiple of the unit.
 
+    Where rows suffice there are a multiple of `at_once`, so that no thread waits for the last of them.
     The larger ones come first: a smaller tile fits into the memory of a larger one, which avoids fragmentation.
     """
     units = -(-n // unit)
     count = -(-units // max(1, size // unit))
+    count = min(units, -(-count // at_once) * at_once)
     least, larger = divmod(units, max(1, count))
     start = 0
     for i in range(count):

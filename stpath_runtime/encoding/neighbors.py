@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .sizes import BLOCK, PAD_KEYS
+from .threads import cores, each
 
 if TYPE_CHECKING:
     from scipy.spatial import KDTree
 
 Ints = npt.NDArray[np.int64]
-QUERIED = 1 << 18  # distances at a time, so that memory beyond the result does not grow with the spots
+QUERIED = 1 << 17  # distances at a time in a thread, so that memory beyond the result does not grow with the spots
 
 
 def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
@@ -55,16 +56,23 @@ def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
     place = np.empty(len(points), np.int64)
     place[spots] = np.cumsum(first) - 1
     tree, neighbors = KDTree(places), np.empty((len(places), k), np.int64)
-    waiting = [(np.arange(len(places)), k + PAD_KEYS)]  # rows, and how many places to look at
-    while waiting:
-        rows, ask = waiting.pop()
-        ask = min(ask, len(places))
-        if len(rows) > (most := max(1, QUERIED // ask)):
-            waiting.append((rows[most:], ask))
-        rows = rows[:most]
-        complete = _nearest_of_some(tree, rows, k, ask, rounding, spots, start, neighbors)
-        if not complete.all():
-            waiting.append((rows[~complete], 2 * ask))
+
+    def find(part: Ints) -> None:
+        waiting = [(part, k + PAD_KEYS)]  # rows, and how many places to look at
+        while waiting:
+            rows, ask = waiting.pop()
+            ask = min(ask, len(places))
+            if len(rows) > (most := max(1, QUERIED // ask)):
+                waiting.append((rows[most:], ask))
+            rows = rows[:most]
+            complete = _nearest_of_some(tree, rows, k, ask, rounding, spots, start, neighbors)
+            if not complete.all():
+                waiting.append((rows[~complete], 2 * ask))
+
+    size = max(1, QUERIED // (k + PAD_KEYS))
+    parts = [np.arange(first, min(first + size, len(places))) for first in range(0, len(places), size)]
+    for _ in each(find, parts, cores()):
+        pass
     return neighbors[place]
 
 
@@ -138,7 +146,7 @@ class Plan:
     def planning_bytes(self) -> int:
         """Peak bytes of planning: neighbours, once by place and once by spot, and what is sorted."""
         n, k = len(self.row), int(self.place.shape[1])
-        return n * (20 * k + 100) + 96 * min(QUERIED, n * (k + PAD_KEYS))
+        return n * (20 * k + 100) + 96 * min(cores() * QUERIED, n * (k + PAD_KEYS))
 
     def tile(self, blocks: slice) -> TileKeys:
         """The keys of successive blocks."""

@@ -101,7 +101,7 @@ class TileEncoder:
         """
         path = Path(path)
         manifest = EncoderManifest.read(path)
-        manifest.check_files(path)
+        manifest.check_files(path, afresh=False)
         opened = open_backend(backend, path, device, manifest.precision, precision)
         return cls(path, manifest, opened, precision or manifest.precision)
 

@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
 
@@ -86,10 +86,6 @@ class GeneVocabulary:
         self.symbols = tuple(symbols)
         self.aliases = tuple(tuple(names) for names in aliases)
         self.species = tuple(species) if species is not None else ("",) * len(self.ensembl_ids)
-        # A symbol wins over an alias, and an id over both: later entries overwrite earlier ones.
-        self._token: dict[str, int] = {}
-        for names in (self.aliases, [(symbol,) for symbol in self.symbols], [(gene,) for gene in self.ensembl_ids]):
-            self._token.update({n: token for token, group in enumerate(names, FIRST_GENE_TOKEN) for n in group if n})
         if len(set(self.ensembl_ids)) != len(self.ensembl_ids):
             raise VocabularyError("gene vocabulary: an Ensembl id appears twice; each gene needs one line")
 
@@ -98,6 +94,14 @@ class GeneVocabulary:
 
     def __repr__(self) -> str:
         return f"GeneVocabulary({len(self):,} genes)"
+
+    @cached_property
+    def _token(self) -> dict[str, int]:
+        """Of every name. A symbol wins over an alias, and an id over both: later entries overwrite earlier ones."""
+        found: dict[str, int] = {}
+        for names in (self.aliases, [(symbol,) for symbol in self.symbols], [(gene,) for gene in self.ensembl_ids]):
+            found.update({n: token for token, group in enumerate(names, FIRST_GENE_TOKEN) for n in group if n})
+        return found
 
     @property
     def n_tokens(self) -> int:

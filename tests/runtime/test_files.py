@@ -14,7 +14,7 @@ import pytest
 from helpers import without_coverage
 from stpath_runtime import files
 from stpath_runtime.errors import OutputError
-from stpath_runtime.files import PARTIAL, link_or_copy, sweep, written_whole
+from stpath_runtime.files import PARTIAL, known_sha256, link_or_copy, sha256, sweep, written_whole
 
 KILLED = """
 import os, signal, sys
@@ -137,3 +137,73 @@ def test_a_second_name_is_of_the_file_and_not_of_a_link_to_it(tmp_path):
     link_or_copy(tmp_path / "link", tmp_path / "sub" / "second")
     assert not (tmp_path / "sub" / "second").is_symlink()
     assert (tmp_path / "sub" / "second").read_text() == "x"
+
+
+@pytest.fixture
+def hashed(tmp_path, monkeypatch):
+    """A file whose hash is in the cache, and how often files were read to hash them."""
+    path, read = tmp_path / "weights.bin", []
+    path.write_bytes(b"weights")
+    monkeypatch.setattr(files, "SETTLED", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or sha256(path))
+    time.sleep(0.01)
+    assert known_sha256(path) == sha256(path)
+    read.clear()
+    return path, read
+
+
+def test_a_file_is_hashed_once(hashed):
+    path, read = hashed
+    assert known_sha256(path) == sha256(path)
+    assert not read
+
+
+def rewritten(path):
+    path.write_bytes(b"Weights")
+
+
+def rewritten_as_old_as_before(path):
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(b"Weights")
+    os.utime(path, ns=times)
+
+
+def replaced(path):
+    other = path.with_name("other")
+    other.write_bytes(b"Weights")
+    os.utime(other, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    other.replace(path)
+
+
+@pytest.mark.parametrize("change", [rewritten, rewritten_as_old_as_before, replaced])
+def test_a_file_that_changed_is_hashed_again(hashed, change):
+    path, read = hashed
+    change(path)
+    assert known_sha256(path) == sha256(path)
+    assert read == [path]
+
+
+def test_the_hash_of_a_file_that_was_just_written_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a").write_bytes(b"a")
+    known_sha256(tmp_path / "a")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "[[1], 2]", "[]", "null"])
+def test_what_is_no_hash_in_the_cache_is_not_taken_for_one(hashed, content):
+    path, read = hashed
+    (noted,) = (path.parent / "cache").rglob("sha256/*")
+    noted.write_text(content)
+    assert known_sha256(path) == sha256(path)
+    assert read == [path]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED", 0)
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "a").write_bytes(b"a")
+    time.sleep(0.01)
+    assert known_sha256(tmp_path / "a") == sha256(tmp_path / "a")

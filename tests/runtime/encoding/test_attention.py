@@ -77,12 +77,16 @@ def test_memory_bounds_the_tile_and_changes_nothing_else(engine, how, monkeypatc
     attention = Attention(how.get("attention", "global"), how.get("neighbors", 0))
     keys = keys_of([slide], Spots.of([slide], [None]), engine.manifest.model, engine.precision, attention)
     kept = (keys.rows + 2 + 4 * keys.keys) * 64 * 4 + keys.kept_bytes + keys.planning_bytes
+    monkeypatch.setattr(engine.backend, "tiles_at_once", 2)
     sizes = []
     real = encoder.tile_rows
     monkeypatch.setattr(encoder, "tile_rows", lambda *a: sizes.append(real(*a)) or sizes[-1])
     whole = engine.embed(slide, **how)
-    tight = engine.embed(slide, **how, memory=kept + 70 * (keys.row_bytes + 4 * (6 * 64 + 2 * 128 + 96)))
-    assert sizes == [1024, 64]
+    row_bytes = keys.row_bytes + 4 * (6 * 64 + 2 * 128 + 96)
+    tight = engine.embed(slide, **how, memory=kept + keys.unit * row_bytes)
+    two = engine.embed(slide, **how, memory=kept + 140 * row_bytes)
+    assert sizes == [(512, 2), (keys.unit, 1), (64, 2)]
+    assert relative_l2(two, whole) <= 1e-6
     assert relative_l2(tight, whole) <= 1e-6
 
 
