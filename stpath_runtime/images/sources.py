@@ -174,7 +174,13 @@ def check_patches(path: Path, size: int) -> int:
     import h5py
 
     if not path.is_file():
-        raise FileError(f"{path}: no such patches file or slide image")
+        what = "a folder, not a" if path.is_dir() else "no such"
+        raise FileError(f"{path}: {what} patches file or slide image")
+    if not h5py.is_hdf5(path):
+        raise FileError(
+            f"{path}: neither a slide image by its name (such as .svs, .ndpi or .tiff) nor a patches file, which is "
+            f"HDF5"
+        )
     try:
         with h5py.File(path, "r") as file:
             if "img" not in file or "coords" not in file:

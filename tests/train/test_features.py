@@ -252,6 +252,8 @@ def without(path: Path, name: str, instead=None) -> Path:
     ("make", "message"),
     [
         (lambda path: path, "no such patches file"),
+        (lambda path: path.mkdir() or path, "a folder, not a patches file"),
+        (lambda path: path.write_text("# Slides") and path, "neither a slide image by its name .* nor a patches file"),
         (damaged, "cannot be read as HDF5"),
         (lambda path: without(path, "img"), "expected datasets 'img' and 'coords', found: barcode, coords"),
         (lambda path: without(path, "coords", np.zeros((6, 2))), "7 images but 6 rows of 'coords'"),
