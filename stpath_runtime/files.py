@@ -22,6 +22,7 @@ PARTIAL = re.compile(
     r"\.(?P<name>.+)\.(?:(?P<host>\w+)-)?(?P<process>\d+)(?:-[0-9a-f]{8})?\.(?P<kind>partial|earlier)", re.DOTALL
 )
 LONGEST_NAME = 150  # bytes of the final name that a partial name starts with; file systems allow 255 in all
+WORTH_KEEPING = 1 << 20  # bytes of a file, from which its hash is kept: less is hashed in a millisecond
 SETTLED = 2_000_000_000  # nanoseconds since the last change of a file, from which its hash is kept
 WEEK = 7 * 24 * 3600  # seconds
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
@@ -195,13 +196,15 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """SHA-256 of a file, from the user's cache if neither its size, inode nor times of change differ since it was made.
+    """SHA-256 of a file; of a large one from the user's cache, if since then its size, inode and times are the same.
 
     The time of its inode's change (ctime) is among them, which no program sets: `touch` and `cp -p` do not hide what
     they did. What a disk loses by itself goes unseen; `stpath doctor` and `stpath verify` read it.
     """
-    before = _state(path)
-    noted = _cache() / "sha256" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()
+    before, cache = _state(path), _cache()
+    if before[0] < WORTH_KEEPING or cache is None:
+        return sha256(path)
+    noted = cache / "sha256" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()
     with suppress(OSError, ValueError, TypeError):
         state, digest = json.loads(noted.read_text())
         if state == before and isinstance(digest, str):
@@ -219,6 +222,8 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev]
 
 
-def _cache() -> Path:
-    """The user's folder for what can be made again, by the XDG specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stpath"
+def _cache() -> Path | None:
+    """The user's folder for what can be made again, by the XDG specification; None for a user without a home."""
+    with suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stpath"
+    return None

@@ -128,6 +128,15 @@ def network_setting_at_fault(error: BaseException) -> str | None:
     return None
 
 
+def cores() -> int:
+    """CPU cores that this process may use; two threads of one core count once, as they share what multiplies."""
+    allowed = sorted(os.sched_getaffinity(0))
+    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed]
+    if not all(path.exists() for path in siblings):
+        return len(allowed)
+    return len({path.read_text() for path in siblings})
+
+
 def cpu_features() -> list[str]:
     """Which of CPU_FEATURES this machine's CPU has."""
     path = Path("/proc/cpuinfo")

@@ -127,6 +127,7 @@ def verify(
         If the encoder or the model is at fault, or they are not of one kind.
     """
     loaded = TileEncoder.load(directory, backend=backend, device=device, precision=precision)
+    loaded.manifest.check_files(directory)
     encoder, made_of = find_encoder(model), loaded.manifest
     if (encoder.architecture, encoder.width, encoder.depth) != (made_of.architecture, made_of.width, made_of.depth):
         raise EncoderError(f"{model}: another encoder than {directory} was made from, {made_of.encoder}")

@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from ..encoding.backend import ON_ONE_THREAD, Arrays, Workspace
 from ..encoding.sizes import MOST_ROWS
-from ..encoding.threads import cores
 from ..errors import BackendError, InstallError, MemoryLimitError, first_line
-from ..machine import available_on_host, installed
+from ..machine import available_on_host, cores, installed
 from .workspace import HostWorkspace, require_open
 
 OUT_OF_MEMORY = ("Failed to allocate memory", "bad allocation", "bad_alloc", "CUDA failure 2:", "out of memory")

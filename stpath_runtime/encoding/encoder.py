@@ -44,7 +44,6 @@ from .sizes import (
 from .threads import each
 
 Floats = npt.NDArray[Any]
-KV_NAMES = (("k", "v"), ("k_next", "v_next"))
 ExpressionTile = tuple[slice, slice, npt.NDArray[np.float32]]  # spots, genes, values [spots, genes]
 
 
@@ -103,7 +102,8 @@ def encode(
     genes = gene_rows(backend, dtype, spots)
     with backend.workspace() as at:
         x = at.zeros("x", (n, d), dtype)
-        kv, kv_next = ([at.zeros(name, (keys.keys, d), kv_dtype) for name in names] for names in KV_NAMES)
+        kv = [at.zeros(name, (keys.keys, d), kv_dtype) for name in ("k", "v")]
+        kv_next = [at.zeros(name, (keys.keys, d), kv_dtype) for name in ("k_next", "v_next")]
 
         def embed(kv: Sequence[Array], rows: slice) -> slice:
             inputs = _embed_inputs(spots, keys.spots(rows), *genes)

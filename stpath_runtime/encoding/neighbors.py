@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..machine import cores
 from .sizes import BLOCK, PAD_KEYS
-from .threads import cores, each
+from .threads import each
 
 if TYPE_CHECKING:
     from scipy.spatial import KDTree

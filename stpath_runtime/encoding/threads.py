@@ -1,24 +1,13 @@
-"""Threads: how many the CPU is good for, and work spread over them (NumPy, SciPy and ONNX Runtime let others run)."""
+"""Work spread over threads, which NumPy, SciPy and ONNX Runtime let run side by side."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def cores() -> int:
-    """CPU cores that this process may use; two threads of one core count once, as they share what multiplies."""
-    allowed = sorted(os.sched_getaffinity(0))
-    siblings = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed]
-    if not all(path.exists() for path in siblings):
-        return len(allowed)
-    return len({path.read_text() for path in siblings})
 
 
 def each(work: Callable[[Item], Result], items: Iterable[Item], at_once: int) -> Iterator[Result]:

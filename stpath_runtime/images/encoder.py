@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from ..backends import open_backend
 from ..encoding.backend import Backend
 from ..errors import BackendError, EncoderError, MemoryLimitError, OptionError, OutputError
 from ..files import sha256, written_whole
-from ..machine import available_on_host, cpu_name
+from ..machine import available_on_host, cores, cpu_name
 from ..manifest import ENCODER_GRAPH, ENCODER_MANIFEST, EncoderManifest
 
 Tiles = npt.NDArray[np.uint8]  # [n, S, S, 3], RGB
@@ -196,8 +195,7 @@ class TileEncoder:
 
     def _key(self) -> str:
         """What a measurement holds for."""
-        cores = len(os.sched_getaffinity(0))
-        facts = (cpu_name(), cores, self.backend.name, self.backend.device, self.precision, self.about["engine"])
+        facts = (cpu_name(), cores(), self.backend.name, self.backend.device, self.precision, self.about["engine"])
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def _kept(self) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import BackendError, InputError, InputWarning, ParityError
-from ..machine import cpu_features, installed, nvidia_gpus
+from ..machine import cores, cpu_features, installed, nvidia_gpus
 from ..manifest import is_encoder, read_manifest
 from ..progress import report_console
 from .agreement import relative_l2
@@ -152,7 +151,7 @@ def _print(
     from rich.table import Table
 
     console = report_console()
-    console.print(f"CPU: {len(os.sched_getaffinity(0))} cores; {', '.join(cpu_features()) or 'no AVX2'}")
+    console.print(f"CPU: {cores()} cores; {', '.join(cpu_features()) or 'no AVX2'}")
     console.print(f"GPU: {'; '.join(gpus) or 'none (by the driver)'}")
     table = Table("backend", "device", "precision", "needs", "installed", "differs by", "state", title="stpath doctor")
     for way, fault in faults.items():

@@ -8,9 +8,10 @@ import pytest
 
 from helpers import require_bf16
 from stpath_export import proof
-from stpath_runtime import ParityError
+from stpath_runtime import Engine, InputError, ParityError
 from stpath_runtime.backends.openvino import OpenVinoBackend
 from stpath_runtime.cli.app import main
+from stpath_runtime.manifest import Manifest
 from stpath_train.checkpoint import load_checkpoint
 
 
@@ -31,6 +32,18 @@ def test_verify_with_openvino(own, tiny_checkpoint, capsys, precision):
     words = ["verify", own, "--checkpoint", tiny_checkpoint, "--backend", "openvino", "--precision", precision]
     assert main([str(word) for word in words]) == 0
     assert f"openvino on cpu, {precision}: passed" in " ".join(capsys.readouterr().out.split())
+
+
+def test_verify_reads_files_that_a_kept_hash_vouches_for(own, tiny_checkpoint, tmp_path, monkeypatch):
+    engine = shutil.copytree(own, tmp_path / "engine")
+    expected = Manifest.read(engine).files
+    monkeypatch.setattr("stpath_runtime.manifest.known_sha256", lambda path: expected[path.name])
+    weights = bytearray((engine / "weights.bin").read_bytes())
+    weights[50] ^= 1
+    (engine / "weights.bin").write_bytes(weights)
+    Engine.load(engine)
+    with pytest.raises(InputError, match=r"weights.bin: truncated or altered"):
+        proof.prove(engine, load_checkpoint(tiny_checkpoint))
 
 
 def test_a_backend_that_errs_fails(own, tiny_checkpoint, monkeypatch):

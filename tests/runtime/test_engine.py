@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from contextlib import suppress
 
@@ -16,10 +17,12 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from helpers import relative_l2
-from stpath_runtime import Context, Engine, InputError, Slide, read_slide
+from stpath_runtime import Context, Engine, InputError, Slide, files, read_slide
+from stpath_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from stpath_runtime.encoding import encoder
 from stpath_runtime.encoding.attention import Attention, Spots, keys_of
 from stpath_runtime.errors import InputWarning
+from stpath_runtime.slides.slide import random_slide
 from stpath_train.inputs import slide_inputs
 from stpath_train.literal import literal_forward
 
@@ -84,6 +87,28 @@ def test_result_does_not_depend_on_the_tile(engine, tiny, tile):
     keys = keys_of([slide], spots, engine.manifest.model, engine.precision, Attention("global"))
     tiled = encoder.encode(engine.backend, engine.manifest.model, "fp32", spots, keys, tile=tile)
     assert relative_l2(tiled, engine.embed(slide, context=context)) <= 1e-6
+
+
+@pytest.mark.parametrize("attention", ["global", "knn:8"])
+@pytest.mark.parametrize("at_once", [1, 3, 16])
+@pytest.mark.filterwarnings("ignore::stpath_runtime.InputWarning")  # kNN of a global model
+def test_result_does_not_depend_on_how_many_tiles_run_at_once(engine, monkeypatch, attention, at_once):
+    slide = random_slide(700, 96, 1)
+    expected = engine.embed(slide, attention=attention)
+    monkeypatch.setattr(engine.backend, "tiles_at_once", at_once)
+    assert relative_l2(engine.embed(slide, attention=attention), expected) <= 1e-6
+
+
+def test_a_graph_whose_tiles_run_at_once_has_one_thread_and_is_loaded_once(tiny_engine, monkeypatch):
+    monkeypatch.setattr("stpath_runtime.backends.onnxruntime.cores", lambda: 4)
+    loaded = []
+    real = OnnxRuntimeBackend._load
+    monkeypatch.setattr(OnnxRuntimeBackend, "_load", lambda self, graph: loaded.append(graph) or real(self, graph))
+    engine = Engine.load(tiny_engine)
+    engine.predict(random_slide(700, 96, 1), genes=["GENE1"])
+    threads = {graph: engine.backend._session(graph).get_session_options().intra_op_num_threads for graph in loaded}
+    assert sorted(loaded) == sorted(threads)
+    assert threads == {"tokens": 0, "embed": 1, "block_1": 1, "block_2": 1, "block_3": 1, "head": 0}
 
 
 def test_progress_counts_up_to_the_whole(engine, slide, monkeypatch):
@@ -269,6 +294,18 @@ def test_an_altered_truncated_or_missing_file_is_refused(engine_copy, name):
             Engine.load(engine_copy)
     path.unlink()
     with pytest.raises(InputError, match=f"{name}: missing"):
+        Engine.load(engine_copy)
+
+
+def test_a_file_altered_after_its_hash_was_kept_is_refused(engine_copy, monkeypatch):
+    monkeypatch.setattr(files, "SETTLED", 0)
+    monkeypatch.setattr(files, "WORTH_KEEPING", 1)
+    Engine.load(engine_copy)
+    path = engine_copy / "weights.bin"
+    times, whole = path.stat(), path.read_bytes()
+    path.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputError, match=r"weights.bin: truncated or altered"):
         Engine.load(engine_copy)
 
 

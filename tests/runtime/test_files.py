@@ -145,6 +145,7 @@ def hashed(tmp_path, monkeypatch):
     path, read = tmp_path / "weights.bin", []
     path.write_bytes(b"weights")
     monkeypatch.setattr(files, "SETTLED", 0)
+    monkeypatch.setattr(files, "WORTH_KEEPING", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or sha256(path))
     time.sleep(0.01)
@@ -186,6 +187,7 @@ def test_a_file_that_changed_is_hashed_again(hashed, change):
 
 def test_the_hash_of_a_file_that_was_just_written_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(files, "WORTH_KEEPING", 1)
     (tmp_path / "a").write_bytes(b"a")
     known_sha256(tmp_path / "a")
     assert not (tmp_path / "cache").exists()
@@ -202,8 +204,17 @@ def test_what_is_no_hash_in_the_cache_is_not_taken_for_one(hashed, content):
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "SETTLED", 0)
+    monkeypatch.setattr(files, "WORTH_KEEPING", 1)
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "a").write_bytes(b"a")
     time.sleep(0.01)
+    assert known_sha256(tmp_path / "a") == sha256(tmp_path / "a")
+
+
+def test_a_user_without_a_home_has_no_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WORTH_KEEPING", 1)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    (tmp_path / "a").write_bytes(b"a")
     assert known_sha256(tmp_path / "a") == sha256(tmp_path / "a")

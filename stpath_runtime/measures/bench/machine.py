@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from ...machine import cpu_features, cpu_name, installed, memory_of_host, nvidia_gpus
+from ...machine import cores, cpu_features, cpu_name, installed, memory_of_host, nvidia_gpus
 
 LIBRARIES = (
     *("stpath-engine", "numpy", "scipy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt"),
@@ -20,7 +19,7 @@ def machine() -> dict[str, Any]:
     """The CPU, cores that this process may use, memory and GPUs."""
     return {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "features": cpu_features(),
         "memory_bytes": memory_of_host(),
         "gpus": nvidia_gpus(),

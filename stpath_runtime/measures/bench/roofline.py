@@ -13,7 +13,6 @@ than once) is what it loses. Time cannot be below max(operations / matrix peak, 
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...encoding.neighbors import plan_blocks
-from ...machine import available_on_host
+from ...machine import available_on_host, cores
 from ...manifest import ModelConfig
 from .timing import seconds_of
 
@@ -53,9 +52,9 @@ def measure_peaks() -> Peaks:
     """Measure both by numpy: products of float32 matrices by its BLAS, and copies by a thread a core."""
     built: Any = np.show_config(mode="dicts")
     blas = built["Build Dependencies"]["blas"]
-    cores = len(os.sched_getaffinity(0))
-    by = f"numpy {np.__version__}: {blas['name']} {blas['version']}, and copies by {cores} threads"
-    return Peaks(max(_products(side) for side in SIDES), _copies(cores), by)
+    threads = cores()
+    by = f"numpy {np.__version__}: {blas['name']} {blas['version']}, and copies by {threads} threads"
+    return Peaks(max(_products(side) for side in SIDES), _copies(threads), by)
 
 
 def _products(side: int) -> float:

@@ -21,6 +21,14 @@ def hexagonal(n: int, step: int = 200) -> np.ndarray:
     return np.stack([step * column + step // 2 * (row % 2), np.rint(step * np.sqrt(3) / 2 * row)], axis=1).astype(int)
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_neighbours_are_the_same_by_any_number_of_threads(monkeypatch, at_once):
+    coords = hexagonal(300)
+    monkeypatch.setattr(neighbors, "cores", lambda: at_once)
+    monkeypatch.setattr(neighbors, "QUERIED", 40)  # a few spots a part
+    np.testing.assert_array_equal(nearest(coords, 12), brute_force(coords, 12))
+
+
 def brute_force(coords: np.ndarray, k: int) -> np.ndarray:
     """By distance, ties by index; exact for integers."""
     coords = coords.astype(np.int64)
