@@ -201,7 +201,7 @@ def known_sha256(path: Path) -> str:
     The time of its inode's change (ctime) is among them, which no program sets: `touch` and `cp -p` do not hide what
     they did. What a disk loses by itself goes unseen; `stpath doctor` and `stpath verify` read it.
     """
-    before, cache = _state(path), _cache()
+    before, cache = _state(path), user_cache()
     if before[0] < WORTH_KEEPING or cache is None:
         return sha256(path)
     noted = cache / "sha256" / hashlib.sha256(str(path.resolve()).encode()).hexdigest()
@@ -222,7 +222,7 @@ def _state(path: Path) -> list[int]:
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev]
 
 
-def _cache() -> Path | None:
+def user_cache() -> Path | None:
     """The user's folder for what can be made again, by the XDG specification; None for a user without a home."""
     with suppress(RuntimeError):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stpath"

@@ -93,6 +93,7 @@ def measure(
         with progress_bar(engine.name) as on_step:
             measured = measure_encoder(engine, ways, batches, rounds, on_step)
         _show(measured, out)
+        _keep(engine, measured)
         return
     if tiles is not None:
         raise OptionError(f"--tiles {tiles}: of a tile encoder, and {engine} is an STPath engine; give --spots")
@@ -103,6 +104,7 @@ def measure(
     with progress_bar(engine.name) as on_step:
         results = measure_engine(engine, ways, todo, rounds, on_step)
     _show(results, out)
+    _keep(engine, results)
 
 
 def _show(results: Results, out: Path | None) -> None:
@@ -111,6 +113,15 @@ def _show(results: Results, out: Path | None) -> None:
     print_table(results)
     if out is not None:
         typer.echo("\n".join(str(path) for path in _write(results, out)))
+
+
+def _keep(engine: Path, results: Results) -> None:
+    """Keep the seconds for `--backend auto`, and print what it takes from now on."""
+    from ..backends.choice import choose_backend, keep_seconds
+
+    for (device, precision), seconds in results.seconds_of_backends().items():
+        keep_seconds(engine, device, precision, seconds)
+        typer.echo(choose_backend(engine, device, precision)[1])
 
 
 @bench.command(COMPARE)

@@ -107,6 +107,26 @@ class Results:
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
 
+    def seconds_of_backends(self) -> dict[tuple[str, str], dict[str, float]]:
+        """Of each device and precision, what backends took to encode: the geometric mean over all that each ran.
+
+        Rows whose spread is too wide tell nothing, and one backend alone cannot be compared.
+        """
+        medians: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+        for row in self.rows:
+            if row.what == "encode" and row.backend and row.median is not None and not row.too_wide:
+                of_backend = medians.setdefault((row.device, row.precision), {}).setdefault(row.backend, {})
+                of_backend[row.setting] = row.median
+        found = {}
+        for way, backends in medians.items():
+            shared = set.intersection(*(set(settings) for settings in backends.values()))
+            if len(backends) > 1 and shared:
+                found[way] = {
+                    name: statistics.geometric_mean(settings[each] for each in shared)
+                    for name, settings in backends.items()
+                }
+        return found
+
     def write(self, path: Path) -> None:
         """Write them as JSON; median and spread of each row stand there, too, for other readers."""
         rows = [asdict(row) | {name: getattr(row, name) for name in COMPUTED} for row in self.rows]

@@ -172,6 +172,37 @@ def test_auto_is_the_same_on_every_call_and_says_why(copied):
         choice.choose_backend(copied, "cuda:0", None)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "taken"),
+    [
+        ({"onnxruntime": 2.0, "openvino": 1.5}, "openvino"),
+        ({"onnxruntime": 2.0, "openvino": 1.95}, "onnxruntime"),  # not worth it
+        ({"onnxruntime": 2.0, "openvino": 3.0}, "onnxruntime"),
+        ({"openvino": 1.0, "onnxruntime": -1.0}, "onnxruntime"),  # not what was written
+        ({"openvino": 1.0}, "onnxruntime"),  # compared with nothing
+    ],
+)
+def test_auto_takes_what_bench_measured_to_be_faster_here(copied, seconds, taken):
+    choice.keep_seconds(copied, "cpu", "fp32", seconds)
+    name, why = choice.choose_backend(copied, "cpu", None)
+    assert name == taken
+    assert ("stpath verify proves it; stpath bench measured 0.75 times the seconds of onnxruntime here" in why) == (
+        taken == "openvino"
+    )
+
+
+@pytest.mark.parametrize("changed", ["engine", "cpu", "library", "precision"])
+def test_what_bench_measured_of_another_engine_machine_or_library_tells_nothing(copied, monkeypatch, changed):
+    choice.keep_seconds(copied, "cpu", "fp16" if changed == "precision" else "fp32", {"onnxruntime": 2.0, "openvino": 1.0})
+    if changed == "engine":
+        (copied / "engine.json").write_text((copied / "engine.json").read_text() + "\n")
+    if changed == "cpu":
+        monkeypatch.setattr(choice, "cpu_name", lambda: "another")
+    if changed == "library":
+        monkeypatch.setattr(choice, "installed", lambda package: "99")
+    assert choice.choose_backend(copied, "cpu", None)[0] == "onnxruntime"
+
+
 def test_auto_takes_openvino_where_onnxruntime_is_not_installed(copied, monkeypatch):
     def absent(name, *rest):
         if name == "onnxruntime":

@@ -53,6 +53,23 @@ def test_rounds_are_interleaved_and_ratios_are_pair_by_pair(monkeypatch):
     assert timing.in_turn({}, 3) == []
 
 
+def test_seconds_of_backends_are_compared_over_what_each_ran():
+    openvino = replace(A, backend="openvino")
+    rows = [
+        replace(A, seconds=(1.0, 1.1, 1.2)),
+        replace(A, spots=2000, seconds=(4.4,)),
+        replace(A, spots=9000, seconds=(9.0,)),  # the other is too wide there
+        replace(openvino, seconds=(2.2,)),
+        replace(openvino, spots=2000, seconds=(1.1,)),
+        replace(openvino, spots=9000, seconds=(1.0, 9.0)),
+        replace(B, seconds=(1.0,)),  # alone in its precision
+        replace(A, what="decode", seconds=(7.0,)),
+    ]
+    assert results(*rows).seconds_of_backends() == {
+        ("cpu", "fp32"): {"onnxruntime": pytest.approx(2.2), "openvino": pytest.approx(2.42**0.5)}
+    }
+
+
 def test_a_spread_that_is_too_wide_says_so():
     narrow, wide = replace(A, seconds=(1.0, 1.2, 1.5)), replace(B, seconds=(1.0, 1.2, 1.61))
     assert (narrow.too_wide, wide.too_wide) == (False, True)
