@@ -1,11 +1,16 @@
 """The engine beside PyTorch on one GPU: parity, latency and memory, by number of spots; JSON and PNG, named by the GPU.
 
-    python benchmarks/gpu.py                                      # a GPU, the published sizes, everything
-    python benchmarks/gpu.py --device cpu --spots 500 --rounds 2  # the same code on the CPU: a dry run, and marked so
+    python benchmarks/gpu.py                                   # a GPU, the published sizes, everything, in 9 minutes
+    python benchmarks/gpu.py --device cpu --spots 500 --knn-spots 500 --rounds 2
+                                                               # the same code on the CPU: a dry run, and marked so
 
-Each variant is held to the float64 reference before it is timed. A call starts with the features in host memory and
-ends with the expression of 50 genes there; it is warm, synchronised, and the median of many, the variants in turn.
-Weights (where no checkpoint is given) and features are random: the figures tell speed, not accuracy on tissue.
+First what the device does at most: matrix products in each type, copies. Then parity of every variant on a small slide
+with measured expression. Then the sizes: each variant is held to the float64 reference before it is timed. A call
+starts with the features in host memory and ends with the expression of 50 genes there or, where a row says "device",
+starts with the features and the plan of neighbours on the device and leaves the expression there. Calls are warm,
+synchronised, and the variants take turns; the first call of each, which compiles and loads, stands beside them.
+Results are written after each slide, so that what breaks off leaves what it found. Weights (where no checkpoint is
+given) and features are random: the figures tell speed, not accuracy on tissue.
 """
 
 from __future__ import annotations
@@ -15,13 +20,13 @@ import json
 import platform
 import statistics
 import subprocess
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,30 +37,48 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.flop_counter import FlopCounterMode
 
-from stpath_export.exporter import export_engine
-from stpath_export.proof import prove, random_slide, require_passed
-from stpath_runtime import Engine, ParityError, Slide
+import published
+import tile_encoder
+from stpath_export.proof import random_slide
+from stpath_runtime import Context, Engine, Slide
 from stpath_runtime.files import sha256, written_whole
 from stpath_runtime.measures.agreement import relative_l2
+from stpath_runtime.measures.bench import alone, roofline
 from stpath_runtime.slides.vocabulary import GeneVocabulary
-from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
+from stpath_train.checkpoint import load_checkpoint
 from stpath_train.inputs import knn_blocks, slide_inputs
 from stpath_train.literal import literal_forward
-from stpath_train.model import PUBLISHED_SIZES, KeyBlocks, SpatialAttention, STPath
+from stpath_train.model import ContextTokens, KeyBlocks, SpatialAttention, STPath
 from variants import WRONG
 
 K = 32
 GENES = 50
 LITERAL_UP_TO = 5_000  # spots: the literal formula holds [N, N, 4, 3] numbers
-REFERENCE_UP_TO = 20_000  # spots, global: float64 takes its time
+REFERENCE_UP_TO = {"global": 20_000, "knn": 200_000}  # spots: float64 takes its time, and its memory
+SMALL = 37  # spots of the slide that parity is told on, with context
+SIDE = 8_192  # of the matrices whose product is timed; 512 for a dry run
+COPIED = 4 << 30  # bytes; 64 MiB for a dry run
+TILES = 64  # that the tile encoder takes at once
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LIBRARIES = ("torch", "triton", "onnxruntime", "onnxruntime-gpu", "tensorrt", "numpy", "stpath-engine")
 RESULTS = Path(__file__).parent / "results"
 # Past the limit PyTorch would go on without compiling, and not say so.
 torch._dynamo.config.recompile_limit = 64
 torch._dynamo.config.fail_on_recompile_limit_hit = True
-Call = Callable[[], np.ndarray]  # expression [N, GENES], float32
+Call = Callable[[], np.ndarray | torch.Tensor]  # expression [N, GENES], float32 if it is on the host
+COLUMNS = (
+    "variant",
+    "features",
+    "precision",
+    "median, ms",
+    "spread",
+    "of peak",
+    "first, ms",
+    "peak, GB",
+    "relative L2",
+)
 
 
 @dataclass
@@ -63,12 +86,18 @@ class Row:
     """One variant at one number of spots."""
 
     variant: str
-    attention: str
+    attention: str  # global or knn; of a tile encoder empty
     precision: str
-    spots: int
+    spots: int  # or tiles
+    features: str = "host"  # where a call finds them: host or device
+    context: int = 0  # spots with measured expression
     relative_l2: float | None = None  # of the expression, against float64; None: no reference of that size
+    first: float | None = None  # milliseconds of the first call, with all that it compiles and loads
     milliseconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None  # of device memory in one call above that before the variant was made
+    operations: float = 0.0  # that a call needs at least
+    peak_bytes: int | None = (
+        None  # of device memory: PyTorch, what a call allocates; an engine alone, all of its process
+    )
     failed: str = ""
 
     @property
@@ -79,110 +108,174 @@ class Row:
 
 def main(
     device: Annotated[str, typer.Option(help="cuda:N, or cpu for a dry run.")] = "cuda:0",
-    spots: Annotated[str, typer.Option(metavar="N,N,...")] = "500,2000,5000,20000,100000",
-    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")] = 30,
+    spots: Annotated[str, typer.Option(metavar="N,N,...", help="Global attention.")] = "400,2500,6400,12100,19600",
+    knn_spots: Annotated[str, typer.Option(metavar="N,N,...", help="KNN attention.")] = "19600,200000,1000000",
+    rounds: Annotated[int, typer.Option(min=1, help="Timed calls of each variant.")] = 20,
+    minutes: Annotated[float, typer.Option(help="No slide is begun later than this.")] = 9,
     checkpoint: Annotated[Path | None, typer.Option(help="Left out: the published sizes, seeded weights.")] = None,
-    genes: Annotated[Path | None, typer.Option(help="Its vocabulary; left out: the published one.")] = None,
     engine: Annotated[list[Path] | None, typer.Option(help="Its engines; left out: exported, of each type.")] = None,
     backend: Annotated[str, typer.Option(help="What runs the engines.")] = "onnxruntime",
+    depth: Annotated[int, typer.Option(help="Blocks of the tile encoder; 0: none is measured.")] = 40,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Measure, print, and write the results."""
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = checkpoint or _seeded(Path(folder))
-        model = load_checkpoint(checkpoint)
-        engines = engine or _exported(checkpoint, genes, Path(folder), device)
-        for path in engine or ():  # those that are exported here are proven as they are
-            require_passed(prove(path, model, device=device, backend=backend))
-        loaded = [Engine.load(path, backend=backend, device=device) for path in engines]
-        rows = []
-        for n in (int(word) for word in spots.split(",")):
-            slide = random_slide(n, model.config.n_features, n)
-            for attention in ("global", "knn"):
-                rows += measure(model, loaded, slide, attention, device, rounds)
-                _print(rows[-1].spots, [row for row in rows if row.spots == n and row.attention == attention])
-        report = {
-            **_machine(device),
-            "checkpoint": sha256(checkpoint),
-            "genes": GENES,
-            "neighbors": K,
-            "rounds": rounds,
-        }
+    until = time.monotonic() + 60 * minutes
+    checkpoint = checkpoint or published.checkpoint()
+    model = load_checkpoint(checkpoint)
+    report = _machine(device) | {
+        "checkpoint": sha256(checkpoint),
+        "genes": GENES,
+        "neighbors": K,
+        "rounds": rounds,
+        "peaks": _peaks(device),
+        "failed": {},
+    }
+    Console().print(report["peaks"])
+    engines = _engines(engine, backend, device, report["failed"])
+    rows: list[Row] = []
+
+    def add(found: list[Row]) -> None:
+        rows.extend(found)
+        _print(found, report["peaks"])
         _write(report, rows, out)
 
+    width = model.config.n_features
+    for attention in ("global", "knn"):
+        add(measure(model, engines, random_slide(SMALL, width, 0), attention, device, rounds=0, context=5))
+    sizes = [("global", int(word)) for word in spots.split(",")] + [("knn", int(word)) for word in knn_spots.split(",")]
+    for attention, n in sorted(sizes, key=lambda size: size[1]):
+        if time.monotonic() > until:
+            report["failed"][f"{attention}, {n:,} spots"] = f"not begun in {minutes:g} minutes"
+            continue
+        add(measure(model, engines, random_slide(n, width, n), attention, device, rounds))
+    if depth:
+        add(measure_tiles(depth, device, rounds))
+    for attention, n in (max(sizes, key=lambda size: size[1] * (size[0] == kind)) for kind in ("global", "knn")):
+        if time.monotonic() < until:
+            add([_alone(each, attention, n, device) for each in engines])
+    Console().print(*_write(report, rows, out))
 
-def measure(model: STPath, engines: list[Engine], slide: Slide, attention: str, device: str, rounds: int) -> list[Row]:
+
+def measure(
+    model: STPath, engines: list[Engine], slide: Slide, attention: str, device: str, rounds: int, context: int = 0
+) -> list[Row]:
     """All variants on one slide: each checked and its memory watched, then all timed in turn."""
-    exact = _reference(model, slide, attention, device)
-    rows: list[Row] = []
+    known = _context(model, slide, context) if context else None
+    exact = _reference(model, slide, attention, device, known)
+    variants = list(_variants(model, engines, slide, attention, device, known))
+    keys = roofline.keys_of_a_spot(slide.coords, attention, K)
+    operations = roofline.encoder_operations(model.config, len(slide), keys)
+    operations += roofline.decoder_operations(model.config, len(slide), GENES)
+    for row, _ in variants:
+        row.operations, row.context = operations, context
+    return _measured(variants, exact, device, rounds)
+
+
+def _measured(
+    variants: list[tuple[Row, Callable[[], Call]]], exact: np.ndarray | None, device: str, rounds: int
+) -> list[Row]:
     ready: list[tuple[Row, Call]] = []
-    for row, make in _variants(model, engines, slide, attention, device):
-        rows.append(row)
+    for row, make in variants:
         try:
             _free(device)  # what variants before it left in caches is not this one's
-            before = _used(device)
             call = make()
-            found = call()  # compiles and loads
+            start = time.perf_counter()
+            found = _on_host(call())  # compiles and loads
+            row.first = (time.perf_counter() - start) * 1e3
             row.relative_l2 = None if exact is None else relative_l2(found, exact)
-            if row.relative_l2 is not None and not row.relative_l2 <= WRONG[row.precision]:  # NaN is wrong, too
-                row.failed = f"wrong: relative L2 {row.relative_l2:.1e}, above {WRONG[row.precision]:.0e}"
+            if not np.isfinite(found).all() or (exact is not None and not row.relative_l2 <= WRONG[row.precision]):
+                row.failed = f"wrong: relative L2 {row.relative_l2 or np.nan:.1e}, above {WRONG[row.precision]:.0e}"
                 continue  # a wrong result has no speed
-            with _peak(device) as peak:
-                call()
-            row.peak_bytes = None if before is None else peak[0] - before
+            row.peak_bytes = _peak_of_torch(call, device)
             ready.append((row, call))
         except Exception as error:  # out of memory, or not to be had here: a result too
             row.failed = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
             _free(device)
     for _ in range(rounds):
         for row, call in ready:
+            _synchronize(device)
             start = time.perf_counter()
             call()
+            _synchronize(device)
             row.milliseconds.append((time.perf_counter() - start) * 1e3)
     _free(device)
-    return rows
+    return [row for row, _ in variants]
+
+
+def measure_tiles(depth: int, device: str, rounds: int) -> list[Row]:
+    """A tile encoder of Gigapath's sizes, random weights, by timm in PyTorch: random tiles that are on the device."""
+    import timm
+
+    sizes = tile_encoder.SMALL if device == "cpu" else tile_encoder.GIGAPATH
+    count = 2 if device == "cpu" else TILES
+    with torch.device(device), torch.inference_mode():
+        torch.manual_seed(0)
+        model = timm.create_model(tile_encoder.ARCHITECTURE, pretrained=False, num_classes=0, depth=depth, **sizes)
+        for name, weights in model.eval().named_parameters():
+            if "gamma" in name:  # as 1e-5 would make every block the identity
+                weights.uniform_(0.5, 1.5)
+        tiles = torch.randn(count, 3, 224, 224)
+        with FlopCounterMode(display=False) as counter:
+            model(tiles[:1])
+        exact = copy.deepcopy(model).double()(tiles.double()).cpu().numpy()
+    variants = []
+    for precision, dtype in DTYPES.items():
+        if device == "cpu" and precision != "fp32":
+            continue  # as above
+        for compiled in (False, True):
+            name = "tile encoder, timm, " + ("compiled" if compiled else "eager")
+            row = Row(name, "", precision, count, "device", operations=float(counter.get_total_flops() * count))
+            variants.append((row, partial(_tiles, model, tiles, dtype, compiled)))
+    return _measured(variants, exact, device, rounds)
+
+
+def _tiles(model: torch.nn.Module, tiles: torch.Tensor, dtype: torch.dtype, compiled: bool) -> Call:
+    own = copy.deepcopy(model).to(dtype)
+    forward, given = (torch.compile(own) if compiled else own), tiles.to(dtype)
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            return forward(given)
+
+    return call
 
 
 def _variants(
-    model: STPath, engines: list[Engine], slide: Slide, attention: str, device: str
+    model: STPath, engines: list[Engine], slide: Slide, attention: str, device: str, context: Context | None
 ) -> Iterator[tuple[Row, Callable[[], Call]]]:
     """What is measured, and what makes each ready."""
-    n = len(slide)
+    n, on = len(slide), (slide, attention, device, context)
     if attention == "global" and n <= LITERAL_UP_TO:
-        yield Row("literal formula", attention, "fp32", n), lambda: _literal(model, slide, device)
+        yield Row("literal formula", attention, "fp32", n), partial(_literal, model, slide, device, context)
+    compiles = context is None  # with context it would be compiled once more
     for precision, dtype in DTYPES.items():
         if device == "cpu" and precision != "fp32":
             continue  # PyTorch's lower precisions on a CPU are no one's choice
-        yield (
-            Row("PyTorch, eager", attention, precision, n),
-            lambda dtype=dtype: _torch(model, slide, attention, device, dtype),
-        )
-        yield (
-            Row("PyTorch, compiled", attention, precision, n),
-            lambda dtype=dtype: _torch(model, slide, attention, device, dtype, compiled=True),
-        )
+        ways: dict[str, dict[str, bool]] = {"eager": {}}
+        if compiles:
+            ways["compiled"] = {"compiled": True}
         if attention == "global":
-            yield (
-                Row("PyTorch, FlexAttention", attention, precision, n),
-                lambda dtype=dtype: _torch(model, slide, attention, device, dtype, compiled=True, flex=True),
-            )
-            yield (
-                Row("PyTorch, Triton kernel", attention, precision, n),  # on a CPU it refuses, and the row says so
-                lambda dtype=dtype: _torch(
-                    model, slide, attention, device, dtype, compiled=device != "cpu", fused=True
-                ),
-            )
+            # On a CPU the kernel refuses, and the row says so.
+            ways["Triton kernel"] = {"compiled": compiles and device != "cpu", "fused": True}
+        if attention == "global" and compiles:
+            ways["FlexAttention"] = {"compiled": True, "flex": True}
+        for name, how in ways.items():
+            yield Row(f"PyTorch, {name}", attention, precision, n), partial(_torch, model, *on, dtype, **how)
+        for name in ways.keys() & {"compiled", "Triton kernel"}:
+            row = Row(f"PyTorch, {name}", attention, precision, n, "device")
+            yield row, partial(_torch, model, *on, dtype, **ways[name], resident=True)
     for engine in engines:
-        precision = engine.manifest.precision
-        name = f"engine, {engine.backend.name}"
-        yield Row(name, attention, precision, n), lambda engine=engine: _engine(engine, slide, attention)
+        row = Row(f"engine, {engine.backend.name}", attention, engine.precision, n)
+        yield row, partial(_engine, engine, slide, attention, context)
 
 
-def _engine(engine: Engine, slide: Slide, attention: str) -> Call:
+def _engine(engine: Engine, slide: Slide, attention: str, context: Context | None) -> Call:
     how = {"attention": "knn", "neighbors": K} if attention == "knn" else {"attention": "global"}
     names = engine.vocabulary.ensembl_ids[:GENES]
-    return lambda: engine.decode(engine.embed(slide, **how), names)
+    if context is not None:  # by the names that this engine's vocabulary has
+        context = replace(context, genes=engine.vocabulary.ensembl_ids[: context.counts.shape[1]])
+    return lambda: engine.decode(engine.embed(slide, context=context, **how), names)
 
 
 def _torch(
@@ -190,50 +283,122 @@ def _torch(
     slide: Slide,
     attention: str,
     device: str,
+    context: Context | None,
     dtype: torch.dtype,
     compiled: bool = False,
     flex: bool = False,
     fused: bool = False,
+    resident: bool = False,
 ) -> Call:
-    """The collapsed model; neighbours and blocks are found in the call, as the engine does."""
-    own = copy.deepcopy(model).to(device, dtype).fuse_attention(fused)
-    for block in own.blocks if flex else ():
-        block.attn.__class__ = FlexSpatialAttention
+    """The collapsed model; unless `resident`, neighbours and blocks are found in the call, as the engine does."""
+    forward = _forward(model, device, dtype, compiled, flex, fused)
     tokens = torch.arange(2, 2 + GENES, device=device)
-    forward = torch.compile(own, dynamic=True) if compiled else own
     vocabulary = _any_vocabulary(model)
 
-    def call() -> np.ndarray:
-        inputs: dict[str, Any] = slide_inputs(slide, vocabulary, dtype=dtype)
+    def given() -> dict[str, Any]:
+        inputs: dict[str, Any] = slide_inputs(slide, vocabulary, context, dtype=dtype)
         if attention == "knn":
-            inputs["blocks"] = KeyBlocks(*(part.to(device) for part in knn_blocks([slide.coords], K)))
-        inputs = {name: part.to(device) if torch.is_tensor(part) else part for name, part in inputs.items()}
+            inputs["blocks"] = knn_blocks([slide.coords], K)
+        return {name: _moved(part, device) for name, part in inputs.items()}
+
+    there = given() if resident else None
+
+    def call() -> np.ndarray | torch.Tensor:
         with torch.inference_mode():
-            return forward(**inputs, token_ids=tokens).float().cpu().numpy()
+            found = forward(**(there or given()), token_ids=tokens)
+            return found if resident else _on_host(found)
 
     return call
 
 
-def _literal(model: STPath, slide: Slide, device: str) -> Call:
+@cache
+def _forward(model: STPath, device: str, dtype: torch.dtype, compiled: bool, flex: bool, fused: bool) -> Any:
+    """The model on the device; made once, as compiling takes longer than all calls do."""
+    own = copy.deepcopy(model).to(device, dtype).fuse_attention(fused)
+    for block in own.blocks if flex else ():
+        block.attn.__class__ = FlexSpatialAttention
+    return torch.compile(own, dynamic=True) if compiled else own
+
+
+def _literal(model: STPath, slide: Slide, device: str, context: Context | None) -> Call:
     own = copy.deepcopy(model).to(device)
     vocabulary = _any_vocabulary(model)
 
     def call() -> np.ndarray:
-        inputs = slide_inputs(slide, vocabulary)
-        inputs = {name: part.to(device) if torch.is_tensor(part) else part for name, part in inputs.items()}
+        inputs = slide_inputs(slide, vocabulary, context)
+        inputs = {name: _moved(part, device) for name, part in inputs.items()}
         with torch.inference_mode(), torch.device(device):
             return literal_forward(own, **inputs)[1][:, 2 : 2 + GENES].cpu().numpy()
 
     return call
 
 
-def _reference(model: STPath, slide: Slide, attention: str, device: str) -> np.ndarray | None:
+def _moved(part: Any, device: str) -> Any:
+    """An input of the model on the device."""
+    if isinstance(part, ContextTokens):
+        return ContextTokens(*(getattr(part, each.name).to(device) for each in fields(part)))
+    if isinstance(part, KeyBlocks):
+        return KeyBlocks(*(each.to(device) for each in part))
+    return part.to(device) if torch.is_tensor(part) else part
+
+
+def _on_host(found: np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(found, np.ndarray):
+        return found
+    return (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
+
+
+def _reference(model: STPath, slide: Slide, attention: str, device: str, context: Context | None) -> np.ndarray | None:
     """The collapsed model in float64."""
-    if attention == "global" and len(slide) > REFERENCE_UP_TO:
+    if len(slide) > REFERENCE_UP_TO[attention]:
         return None
-    expression = _torch(model, slide, attention, device, torch.float64)().astype(np.float64)
+    expression = _torch(model, slide, attention, device, context, torch.float64)()
     _free(device)
     return expression
+
+
+def _context(model: STPath, slide: Slide, spots: int) -> Context:
+    """Counts of a few genes at the first spots."""
+    genes = _any_vocabulary(model).ensembl_ids[:GENES]
+    return Context(np.arange(spots), np.random.default_rng(0).poisson(3, (spots, GENES)).astype(np.float32), genes)
+
+
+def _engines(paths: list[Path] | None, backend: str, device: str, failed: dict[str, str]) -> list[Engine]:
+    """Those given or, of each type, one made here; what fails is noted."""
+    found = []
+    precisions = [precision for precision in DTYPES if (precision, device) != ("bf16", "cpu")]
+    for what in paths or precisions:
+        try:
+            path = what if isinstance(what, Path) else published.engine(what)
+            found.append(Engine.load(path, backend=backend, device=device))
+        except Exception as error:
+            failed[f"engine {what}, {backend}"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            Console().print(failed)
+    return found
+
+
+def _peaks(device: str) -> dict[str, float]:
+    """Operations a second of matrix products in each type, and bytes a second that copies read and write."""
+    side, copied = (SIDE, COPIED) if device != "cpu" else (512, 64 << 20)
+
+    def best(work: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(6):
+            _synchronize(device)
+            start = time.perf_counter()
+            work()
+            _synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    peaks = {}
+    for precision, dtype in DTYPES.items():
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        peaks[precision] = 2 * side**3 / best(partial(torch.mm, a, b))
+    source = torch.ones(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    peaks["bytes"] = 2 * copied / best(partial(target.copy_, source))
+    return peaks
 
 
 class FlexSpatialAttention(SpatialAttention):
@@ -256,6 +421,33 @@ class FlexSpatialAttention(SpatialAttention):
 def _any_vocabulary(model: STPath) -> GeneVocabulary:
     """A vocabulary for slides without context, which names no gene."""
     return GeneVocabulary([f"ENSG{i:011d}" for i in range(model.config.n_tokens - 2)], [], [])
+
+
+def _alone(engine: Engine, attention: str, spots: int, device: str) -> Row:
+    """The first call of a fresh process that does nothing else, and the device memory that it takes in all."""
+    row = Row(f"engine, {engine.backend.name}, a fresh process", attention, engine.precision, spots)
+    neighbors = K if attention == "knn" else None
+    task = alone.Task(str(engine.path), spots, GENES, attention, neighbors, engine.backend.name, device)
+    try:
+        before = _used(device)
+        with _peak(device) as peak:
+            found = alone.run_alone(task)
+        row.first = (found.load + found.encode + found.decode) * 1e3
+        row.peak_bytes = None if before is None else peak[0] - before
+    except Exception as error:
+        row.failed = f"{type(error).__name__}: {error}"
+    return row
+
+
+def _peak_of_torch(call: Call, device: str) -> int | None:
+    """Bytes that PyTorch allocates in a call beyond those that it has; None on a CPU, which it does not count."""
+    if device == "cpu":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    _synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _used(device: str) -> int | None:
@@ -285,26 +477,15 @@ def _peak(device: str) -> Iterator[list[int]]:
         thread.join()
 
 
+def _synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
 def _free(device: str) -> None:
     if device != "cpu":
-        torch.cuda.synchronize()
+        _synchronize(device)
         torch.cuda.empty_cache()
-
-
-def _seeded(folder: Path) -> Path:
-    save_checkpoint(seeded_checkpoint(PUBLISHED_SIZES, 0), folder / "checkpoint.safetensors")
-    return folder / "checkpoint.safetensors"
-
-
-def _exported(checkpoint: Path, genes: Path | None, folder: Path, device: str) -> list[Path]:
-    for precision in DTYPES:
-        if (precision, device) == ("bf16", "cpu"):
-            continue  # proven on a GPU alone
-        try:
-            export_engine(checkpoint, folder / precision, genes, precision, device=device)
-        except ParityError as error:  # a result, too
-            Console().print(f"{precision}: {error}")
-    return [path for precision in DTYPES if (path := folder / precision).is_dir()]
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -327,22 +508,29 @@ def _machine(device: str) -> dict[str, Any]:
     }
 
 
-def _print(n: int, rows: list[Row]) -> None:
-    table = Table(title=f"{n:,} spots, {rows[0].attention}" + (f" {K}" if rows[0].attention == "knn" else ""))
-    for column in ("variant", "precision", "median, ms", "spread", "peak memory, GB", "relative L2"):
-        table.add_column(column, justify="left" if column in ("variant", "precision") else "right")
+def _print(rows: list[Row], peaks: dict[str, float]) -> None:
+    first = rows[0]
+    what = f"{first.spots:,} spots, {first.attention}" if first.attention else f"{first.spots} tiles"
+    table = Table(title=what + (f" {K}" if first.attention == "knn" else ""))
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in COLUMNS[:3] else "right")
     for row in rows:
-        if row.failed:
-            table.add_row(row.variant, row.precision, row.failed)
-            continue
-        spread = f"{min(row.milliseconds):.1f} to {max(row.milliseconds):.1f}"
-        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
+        names = (row.variant, row.features, row.precision)
         error = "-" if row.relative_l2 is None else f"{row.relative_l2:.1e}"
-        table.add_row(row.variant, row.precision, f"{row.median:.1f}", spread, memory, error)
-    Console(width=None if Console().is_terminal else 140).print(table)
+        if row.failed:
+            table.add_row(*names, row.failed)
+            continue
+        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
+        times = ("-", "-", "-")
+        if row.median is not None:
+            spread = f"{min(row.milliseconds):.1f} to {max(row.milliseconds):.1f}"
+            share = row.operations / (row.median * 1e-3) / peaks[row.precision]
+            times = (f"{row.median:.1f}", spread, f"{share:.0%}")
+        table.add_row(*names, *times, f"{row.first or 0:.0f}", memory, error)
+    Console(width=None if Console().is_terminal else 160).print(table)
 
 
-def _write(report: dict[str, Any], rows: list[Row], out: Path) -> None:
+def _write(report: dict[str, Any], rows: list[Row], out: Path) -> tuple[Path, Path]:
     name = ("dry-run-" if report["dry_run"] else "") + "-".join(report["device"].lower().split())
     out.mkdir(parents=True, exist_ok=True)
     with written_whole(out / f"{name}.json") as partial:
@@ -350,7 +538,7 @@ def _write(report: dict[str, Any], rows: list[Row], out: Path) -> None:
         partial.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
     with written_whole(out / f"{name}.png") as partial:
         _plot(report, rows, partial)
-    Console().print(out / f"{name}.json", out / f"{name}.png")
+    return out / f"{name}.json", out / f"{name}.png"
 
 
 def _plot(report: dict[str, Any], rows: list[Row], path: Path) -> None:
@@ -360,13 +548,15 @@ def _plot(report: dict[str, Any], rows: list[Row], path: Path) -> None:
     title = f"{report['device']}: {GENES} genes, features on the host, random weights and features"
     figure.suptitle(("Dry run, no GPU. " if report["dry_run"] else "") + title)
     panels = figure.subplots(1, 2, sharey=True)
-    names = list(dict.fromkeys((row.variant, row.precision) for row in rows))
+    names = list(dict.fromkeys((row.variant, row.precision) for row in rows if row.attention))
     for axes, attention in zip(panels, ("global", "knn"), strict=True):
         for variant, precision in names:
             points = [
                 (row.spots, row.median)
                 for row in rows
-                if (row.variant, row.precision, row.attention) == (variant, precision, attention) and row.milliseconds
+                if (row.variant, row.precision, row.attention) == (variant, precision, attention)
+                and row.features == "host"
+                and row.milliseconds
             ]
             if points:
                 style = "o-" if precision == "fp32" else "s--"

@@ -193,7 +193,9 @@ def test_auto_takes_what_bench_measured_to_be_faster_here(copied, seconds, taken
 
 @pytest.mark.parametrize("changed", ["engine", "cpu", "library", "precision"])
 def test_what_bench_measured_of_another_engine_machine_or_library_tells_nothing(copied, monkeypatch, changed):
-    choice.keep_seconds(copied, "cpu", "fp16" if changed == "precision" else "fp32", {"onnxruntime": 2.0, "openvino": 1.0})
+    choice.keep_seconds(
+        copied, "cpu", "fp16" if changed == "precision" else "fp32", {"onnxruntime": 2.0, "openvino": 1.0}
+    )
     if changed == "engine":
         (copied / "engine.json").write_text((copied / "engine.json").read_text() + "\n")
     if changed == "cpu":
