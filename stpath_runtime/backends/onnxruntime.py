@@ -80,6 +80,8 @@ class OnnxRuntimeBackend:
         """Of a session, and of its provider."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors
+        # A pattern, made by a tile, has the next allocate all that it takes in one piece, beside the pieces of the first.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Each graph has its own threads, and they run in turn: spinning threads of one would take the next one's cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")

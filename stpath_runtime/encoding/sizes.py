@@ -13,7 +13,8 @@ CHUNK = (1_024, 256)  # spots and genes of a chunk of X: 1 MiB, for readers of o
 # A tile reads its keys once for all its queries: with 1,024 queries that is hundreds of operations for each number
 # read, more than enough to keep a CPU busy. Larger tiles cost memory and gain nothing there.
 MOST_ROWS = 1024
-# Of several tiles at once, each has fewer: below 256 reading the weights anew shows, below 64 more than a core gains.
+# Of several tiles at once, each has fewer: with 128 rows a slide takes a twentieth longer, as weights are read more
+# often, with 512 as long. Below 64 a second core gains nothing.
 ROWS_AT_ONCE, LEAST_ROWS = 256, 64
 # What passes between the stages, by precision. In bf16 x stays in float32, and k and v are bfloat16, which NumPy does
 # not have: their bits.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,19 @@ class GenePanel:
         return len(self.names)
 
 
+@dataclass(frozen=True)
+class _Joined(Sequence[Sequence[str]]):
+    """Names as the TSV has them, "A|B", split where they are read."""
+
+    texts: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.texts[i].split("|") if self.texts[i] else ()
+
+
 class GeneVocabulary:
     """The genes of a model, in token order.
 
@@ -84,7 +98,7 @@ class GeneVocabulary:
     ) -> None:
         self.ensembl_ids = tuple(ensembl_ids)
         self.symbols = tuple(symbols)
-        self.aliases = tuple(tuple(names) for names in aliases)
+        self._aliases = aliases
         self.species = tuple(species) if species is not None else ("",) * len(self.ensembl_ids)
         if len(set(self.ensembl_ids)) != len(self.ensembl_ids):
             raise VocabularyError("gene vocabulary: an Ensembl id appears twice; each gene needs one line")
@@ -94,6 +108,11 @@ class GeneVocabulary:
 
     def __repr__(self) -> str:
         return f"GeneVocabulary({len(self):,} genes)"
+
+    @cached_property
+    def aliases(self) -> tuple[tuple[str, ...], ...]:
+        """Further names of each gene; made when they are first asked for, as most slides are predicted without."""
+        return tuple(tuple(names) for names in self._aliases)
 
     @cached_property
     def _token(self) -> dict[str, int]:
@@ -164,13 +183,16 @@ class GeneVocabulary:
 
     @classmethod
     def _from_tsv(cls, text: str) -> GeneVocabulary:
-        rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
-        if not rows or tuple(rows[0]) != COLUMNS:
+        # All cells at once: a list for each line would keep the garbage collector busy for most of an engine's load.
+        cells = text.replace("\r\n", "\n").removesuffix("\n").replace("\n", "\t").split("\t")
+        if tuple(cells[: len(COLUMNS)]) != COLUMNS:
             raise ValueError(f"the first line must name the columns {', '.join(COLUMNS)}")
-        tokens, ids, species, symbols, others = zip(*rows[1:], strict=True)
-        if [int(t) for t in tokens] != list(range(FIRST_GENE_TOKEN, FIRST_GENE_TOKEN + len(tokens))):
-            raise ValueError("token ids must count up from 2")
-        return cls(ids, symbols, [names.split("|") if names else [] for names in others], species)
+        tokens, ids, species, symbols, others = (cells[i + len(COLUMNS) :: len(COLUMNS)] for i in range(len(COLUMNS)))
+        if len(cells) % len(COLUMNS) or list(map(int, tokens)) != list(
+            range(FIRST_GENE_TOKEN, len(tokens) + FIRST_GENE_TOKEN)
+        ):
+            raise ValueError("token ids must count up from 2, one gene a line")
+        return cls(ids, symbols, _Joined(others), species)
 
     def write(self, path: str | Path) -> None:
         """Write the vocabulary as a gzipped TSV, the same bytes for the same genes."""
