@@ -7,7 +7,7 @@ TRITON := $(VENV)/triton
 LAZYSLIDE := $(VENV)/lazyslide
 LOWEST := $(abspath $(VENV)/lowest)
 
-.PHONY: demo demo-checkpoint test test-lowest test-soak test-docs test-triton test-lazyslide docs lint types bench bench-quick dist setup clean
+.PHONY: demo demo-checkpoint test test-lowest test-soak test-docs test-triton test-lazyslide test-view docs lint types bench bench-quick dist setup clean
 
 demo: $(INSTALLED)
 	$(BIN)/stpath demo --out demo
@@ -49,6 +49,10 @@ test-triton: $(TRITON)/.installed
 test-lazyslide: $(LAZYSLIDE)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 0 -m lazyslide tests/lazyslide
 
+# The viewer's page in Chromium, which Debian's package manager installs.
+test-view: $(VENV)/.browser
+	$(BIN)/pytest -n 0 -m view tests/runtime/viewer
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -78,6 +82,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps --target $(VENV)/features timm torchvision
+	touch $@
+
+$(VENV)/.browser: $(INSTALLED)
+	command -v chromium > /dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
+	$(BIN)/pip install -q -c constraints.txt playwright
 	touch $@
 
 # pip says of the other packages there that they want newer ones.

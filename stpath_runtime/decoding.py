@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine, check_embedding
+from .engine import Engine, check_embedding, require_made_by
 from .errors import PredictionError, warn
 from .progress import OnTile
 from .readers import opened
@@ -61,19 +61,10 @@ def add_genes(
     with open_prediction(prediction) as (found, x):
         if target == prediction:
             _require_nothing_lost(prediction, found.var.columns)
-        made_by, embedding = found.uns["stpath"].get("engine"), found.obsm.get(EMBEDDING)
+        embedding = found.obsm.get(EMBEDDING)
         if embedding is None:
             raise PredictionError(f"{prediction}: keeps no embedding; predict it again with --embeddings")
-        if made_by is None:
-            raise PredictionError(
-                f"{prediction}: does not say which engine made it (uns['stpath'] is gone, as after anndata.concat "
-                "without uns_merge); decode the parts, or predict it again"
-            )
-        if made_by != engine.hash():
-            raise PredictionError(
-                f"{prediction}: predicted by another engine ({str(made_by)[:12]}…, not {engine.path}, "
-                f"{engine.hash()[:12]}…); give that one, or predict it again with this one"
-            )
+        require_made_by(engine, found.uns["stpath"], prediction)
         embedding = check_embedding(embedding, f"{prediction}: obsm[{EMBEDDING!r}]", engine.manifest)
         panel = engine.vocabulary.panel(genes)
         ids = np.array(panel.gene_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -425,3 +425,24 @@ def check_embedding(embedding: npt.NDArray[Any], name: str, manifest: Manifest) 
             f"{name}: {embedding.dtype} of shape {list(embedding.shape)}; this engine's is float [N, {d_model}]"
         )
     return embedding
+
+
+def require_made_by(engine: Engine, facts: Mapping[str, Any], path: Path) -> None:
+    """Check that an engine made a prediction, by its provenance `uns["stpath"]`.
+
+    Raises
+    ------
+    InputError
+        If another engine did, or the prediction does not say which.
+    """
+    made_by = facts.get("engine")
+    if made_by is None:
+        raise PredictionError(
+            f"{path}: does not say which engine made it (uns['stpath'] is gone, as after anndata.concat without "
+            "uns_merge); take the parts that it was joined of, or predict it again"
+        )
+    if made_by != engine.hash():
+        raise PredictionError(
+            f"{path}: predicted by another engine ({str(made_by)[:12]}…, not {engine.path}, {engine.hash()[:12]}…); "
+            "give that one, or predict it again with this one"
+        )

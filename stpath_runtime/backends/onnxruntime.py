@@ -80,7 +80,7 @@ class OnnxRuntimeBackend:
         """Of a session, and of its provider."""
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors
-        # A pattern, made by a tile, has the next allocate all that it takes in one piece, beside the pieces of the first.
+        # By a pattern of the first tile, the next would take all its memory in one piece, beside those of the first.
         options.enable_mem_pattern = False
         options.add_session_config_entry("session.use_env_allocators", "1")
         # Each graph has its own threads, and they run in turn: spinning threads of one would take the next one's cores.

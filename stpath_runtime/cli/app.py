@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Annotated
@@ -23,7 +23,7 @@ from ..errors import INTERRUPTED, InputError, InputWarning, OptionError, ParityE
 from ..images.settings import PIECES
 from .bench import bench
 from .images import features
-from .look import info, plot
+from .look import info, plot, view
 from .make import build, triton
 from .measure import doctor, fidelity
 from .predict import decode, predict, run
@@ -31,9 +31,9 @@ from .predict import decode, predict, run
 CTRL_C = 130  # the exit code
 # The groups of `stpath --help`: the runtime's own commands, and those of the other packages by name.
 PREDICT, LOOK, MEASURE, MAKE, TRAIN = "Predict", "Look", "Measure", "Make", "Train"
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     PREDICT: (predict, run, decode),
-    LOOK: (plot, info),
+    LOOK: (view, plot, info),
     MEASURE: (doctor, fidelity),
     MAKE: (features, build, triton),
 }

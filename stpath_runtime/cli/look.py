@@ -1,18 +1,50 @@
-"""The commands that show something: `plot` and `info`."""
+"""The commands that show something: `view`, `plot` and `info`."""
 
 from __future__ import annotations
 
+import sys
+import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from .options import (
-    require_png,
-)
+from .options import require_png
 
-if TYPE_CHECKING:
-    pass
+
+def view(
+    prediction: Annotated[Path, typer.Argument(metavar="PRED", help="What stpath predict wrote.")],
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ENGINE", help="What predicted it: shows every gene, from the embeddings that PRED keeps."
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="SLIDE", help="The slide image, to show below the spots.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond 127.0.0.1 the network can.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any that is free.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser.")] = True,
+) -> None:
+    """Look at a prediction: any gene on the tissue, and what is different in a region. Ends with Ctrl-C."""
+    from ..engine import Engine
+    from ..viewer.server import OWN_NAMES, require_starlette, serve
+    from ..viewer.shown import open_shown
+
+    require_starlette()
+    loaded = Engine.load(engine) if engine is not None else None
+
+    def on_start(address: str) -> None:
+        if host not in OWN_NAMES:
+            typer.echo(f"warning: {host} can be reached from the network; who has the address sees the slide", err=True)
+        typer.echo(address)
+        sys.stdout.flush()
+        if browser:
+            webbrowser.open(address)
+
+    with open_shown(prediction, loaded, image) as shown:
+        serve(shown, host, port, on_start)
 
 
 def plot(

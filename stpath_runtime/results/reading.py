@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from ..errors import PredictionError
 from ..readers import opened
 from ..readers.elements import read_matrix
+from ..readers.mapped import map_array
 from ..readers.sources import Source, reading
 from ..readers.spatial import is_spatialdata
 from ..readers.zarrs import ZarrSource
@@ -42,11 +43,20 @@ class Stored:
 
 
 @contextmanager
-def open_prediction(path: str | Path) -> Iterator[tuple[AnnData, Stored]]:
+def open_prediction(
+    path: str | Path, mapped: Collection[str] = (), pictures: bool = False
+) -> Iterator[tuple[AnnData, Stored]]:
     """Open a prediction, h5ad, zarr or SpatialData: the result but for X, and X [N, G] of its file, to be sliced.
 
     Predictions that other programs changed are read, too: `uns["stpath"]` is empty where joining predictions
     dropped it, and X may be sparse.
+
+    Parameters
+    ----------
+    mapped
+        Names in obsm that are mapped from the file, not read.
+    pictures
+        Whether to read those of the tissue, `uns["spatial"]`, where the file has them.
 
     Raises
     ------
@@ -63,10 +73,17 @@ def open_prediction(path: str | Path) -> Iterator[tuple[AnnData, Stored]]:
             raise PredictionError(
                 f"{source.path}: not a prediction by stpath predict; obs or var is not a table of rows"
             )
-        obsm = {name: source.read(f"{start}obsm/{name}") for name in source.names(f"{start}obsm")}
+        obsm = {
+            name: (map_array(source, key) if name in mapped else source.read(key))
+            for name in source.names(f"{start}obsm")
+            for key in [f"{start}obsm/{name}"]
+        }
         x = _stored_x(source, start, (len(obs), len(var)))
+        uns = {"stpath": _facts(source, start)}
+        if pictures and source.names(f"{start}uns/spatial"):
+            uns["spatial"] = source.read(f"{start}uns/spatial")
         with reading(source.path):
-            frame = AnnData(obs=obs, var=var, obsm=obsm, uns={"stpath": _facts(source, start)})
+            frame = AnnData(obs=obs, var=var, obsm=obsm, uns=uns)
         yield frame, Stored(source.path, x)
 
 
