@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-from .options import require_png
+from ..errors import OptionError
+from ..files import require_writable
+from .options import gene_names, require_png
 
 
 def view(
@@ -25,13 +27,25 @@ def view(
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; beyond 127.0.0.1 the network can.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(metavar="N", min=0, max=65535, help="0: any that is free.")] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write one file that needs no server, to send to others, and end."),
+    ] = None,
+    genes: Annotated[str, typer.Option(metavar="A,B,C|FILE", help="With --save: the genes that it keeps.")] = "all",
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open it in the browser.")] = True,
 ) -> None:
     """Look at a prediction: any gene on the tissue, and what is different in a region. Ends with Ctrl-C."""
     from ..engine import Engine
+    from ..viewer.saved import save_page
     from ..viewer.server import OWN_NAMES, require_starlette, serve
     from ..viewer.shown import open_shown
 
+    if save is not None:
+        if save.suffix.lower() not in (".html", ".htm"):
+            raise OptionError(f"--save {save}: a web page; give a name that ends in .html")
+        require_writable(save)
+    elif genes != "all":
+        raise OptionError(f"--genes {genes}: goes with --save; the page finds every gene by its name")
     require_starlette()
     loaded = Engine.load(engine) if engine is not None else None
 
@@ -44,6 +58,11 @@ def view(
             webbrowser.open(address)
 
     with open_shown(prediction, loaded, image) as shown:
+        if save is not None:
+            error = save_page(shown, save, gene_names(genes))
+            size = save.stat().st_size / 1e6
+            typer.echo(f"{save}: {size:.1f} MB; its genes are within {error:.1e} of the engine's (relative L2)")
+            return
         serve(shown, host, port, on_start)
 
 

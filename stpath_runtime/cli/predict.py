@@ -72,7 +72,13 @@ def predict(
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
     precision: Precision = None,
-    embeddings: Embeddings = False,
+    embeddings: Annotated[
+        bool | None,
+        typer.Option(
+            "--embeddings/--no-embeddings",
+            help="Keep the embedding, to decode other genes later, and for stpath view; left out: of slide images.",
+        ),
+    ] = None,
     form: Form = None,
     dtype: Type = DType.FLOAT32,
     encoder: Encoder = None,
@@ -115,7 +121,7 @@ def predict(
     pairs = zip(slides, targets, images, strict=True)
     jobs = [features_job(path, target, settings) for path, (target, _), is_image in pairs if is_image]
     read = _slides(slides, images, jobs, tiles, loaded, organ, tech, features_key, sections)
-    for path, (named, asked), (slide, picture) in zip(slides, targets, read, strict=True):
+    for path, (named, asked), is_image, (slide, picture) in zip(slides, targets, images, read, strict=True):
         target, chosen = sized(named, asked, (len(slide), len(panel)), dtype.value)
         require_target(target, inputs)
         measured = choose_spots(counts, slide, context_spots) if counts is not None and context_spots else counts
@@ -127,7 +133,7 @@ def predict(
                 attention=attention,
                 neighbors=neighbors,
                 memory=memory,
-                embeddings=embeddings,
+                embeddings=is_image if embeddings is None else embeddings,
                 fill_context=fill_context,
                 on_tile=on_tile,
             )

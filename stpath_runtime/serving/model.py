@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from stpath_runtime import Engine, Slide
+from stpath_runtime.engine import Engine
 from stpath_runtime.errors import GeneError, InputError, MemoryLimitError, SlideError
 from stpath_runtime.images.encoder import TileEncoder
-from stpath_runtime.slides.slide import text
+from stpath_runtime.slides.slide import Slide, text
 
 ALL_GENES = "all"
 LARGEST = 2**31 - 2**20  # bytes of expression: gRPC carries less than 2 GiB, as Triton says only after the work

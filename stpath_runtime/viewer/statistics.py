@@ -93,6 +93,10 @@ class Embedded:
         found: Floats = self._standardised(rows) @ self.head.weights[genes].T + self.head.offsets[genes]
         return found
 
+    def standardised(self) -> Floats:
+        """The standardised embeddings of all spots, [N, d]: expression is linear in them."""
+        return self._standardised(slice(None))
+
     def contrast(self, inside: Spots, against: Spots | None = None) -> Contrast:
         """Genes inside a set of spots against another set, or against the rest of the slide."""
         of_inside = self.moments(inside)

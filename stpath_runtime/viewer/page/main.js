@@ -400,6 +400,7 @@ async function begin() {
   by("warning").textContent = info.decoded
     ? "Values are predicted from the tissue's image, in log1p of raw counts. They are not measured."
     : "Values are those that the file holds.";
+  if (info.error) by("warning").textContent += ` This page decodes them from ${info.weights} weights: within ${info.error.toExponential(1)} (relative L2).`;
   if (info.context.length) {
     by("context").hidden = false;
     by("warning").textContent += ` ${info.context.length.toLocaleString("en")} spots were measured: their counts were given to the model as context.`;

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from viewing import SPOTS, Client, brute_force
 
+from stpath_runtime.cli.app import main
+from stpath_runtime.viewer import saved as saving
 from stpath_runtime.viewer.regions import spots_within
 from stpath_runtime.viewer.server import served
 from stpath_runtime.viewer.shown import open_shown
@@ -264,3 +266,84 @@ def test_when_the_viewer_has_ended_the_page_says_so(browser, shown):
     page.wait_for_selector("#message:not([hidden])")
     assert "The viewer has ended" in page.inner_text("#message")
     page.close()
+
+
+@pytest.fixture(params=["float16", "int8"])
+def saved(request, browser, shown, tmp_path, monkeypatch):
+    """A saved page, opened from the disk, and how its weights are kept."""
+    if request.param == "int8":
+        monkeypatch.setattr(saving, "MOST_HALF", 5)
+    saving.save_page(shown, tmp_path / "page.html")
+    watched = Watched(browser, (tmp_path / "page.html").as_uri())
+    page = watched.open((tmp_path / "page.html").as_uri())
+    yield page, 3e-3 if request.param == "float16" else 3e-2
+    page.close()
+    assert watched.wrong == []
+
+
+def test_a_saved_page_needs_no_server(saved, predicted, every_gene, loaded):
+    page, near = saved
+    take(page, "GENE7")
+    exact = every_gene[:, loaded.vocabulary.find("GENE7") - 2]
+    found = page.evaluate("async () => [...await globalThis.stpathSource.gene('GENE7')]")
+    np.testing.assert_allclose(found, exact, atol=near)
+    middle = predicted.obsm["spatial"].mean(axis=0)
+    draw_circle(page, middle, 600)
+    (region,) = kept(page)["regions"]
+    inside = spots_within(predicted.obsm["spatial"], region["polygon"])
+    others = np.setdiff1d(np.arange(SPOTS), inside)
+
+    def check() -> None:
+        means, _, _, effect = brute_force(every_gene, inside, others)
+        rows = [row.split("\t") for row in page.locator("#genes tr").all_inner_texts()]
+        assert len(rows) == min(50, len(loaded.vocabulary))
+        for row in rows:
+            column = loaded.vocabulary.find(row[0]) - 2
+            assert [float(row[1]), float(row[4])] == pytest.approx([means[column], effect[column]], abs=5 * near)
+
+    check()
+    draw_circle(page, predicted.obsm["spatial"][0] + [300, 300], 400)  # and against that one
+    page.locator("#regions .swatch").first.click()
+    page.select_option("#against", "region 2")
+    others = spots_within(predicted.obsm["spatial"], kept(page)["regions"][1]["polygon"])
+    page.locator("#region-title", has_text=f"against {len(others)}").wait_for()
+    check()
+    page.click("[data-panel=alike]")
+    page.wait_for_selector("#alike tr")
+    name, r = page.locator("#alike tr").first.inner_text().split("\t")
+    exact = np.corrcoef(every_gene.T)[loaded.vocabulary.find("GENE7") - 2, loaded.vocabulary.find(name) - 2]
+    assert float(r) == pytest.approx(exact, abs=near)
+    page.reload()
+    page.wait_for_selector(READY)
+    assert page.locator("#regions li").count() == 2
+
+
+def test_a_saved_page_of_some_genes_keeps_the_tissue(browser, predicted, loaded, tmp_path):
+    pixels_of_tissue = np.zeros((400, 500, 3), np.uint8)
+    pixels_of_tissue[:, :, 0] = 200
+    adata = predicted.copy()
+    library = {"images": {"hires": pixels_of_tissue}, "scalefactors": {"tissue_hires_scalef": 0.1}}
+    adata.uns["spatial"] = {"slide": library}
+    adata.write_h5ad(tmp_path / "p.h5ad")
+    words = [
+        "view",
+        tmp_path / "p.h5ad",
+        "--engine",
+        loaded.path,
+        "--save",
+        tmp_path / "p.html",
+        "--genes",
+        "GENE2,ALIAS3",
+    ]
+    assert main([str(word) for word in words]) == 0
+    watched = Watched(browser, (tmp_path / "p.html").as_uri())
+    page = watched.open((tmp_path / "p.html").as_uri())
+    page.locator("#opacity").fill("0")
+    page.wait_for_timeout(300)
+    red = pixels(page)
+    assert (np.abs(red - [200, 0, 0]).max(axis=2) < 30).mean() > 0.3
+    page.fill("#gene", "GENE5")
+    page.press("#gene", "Enter")
+    page.locator("#message", has_text="This page holds no gene 'GENE5'").wait_for()
+    page.close()
+    assert watched.wrong == []
