@@ -113,7 +113,7 @@ def _from_image(out: Path, engine: Engine, seconds: dict[str, float]) -> int:
         slides = ImageSlides([FeaturesJob(image, out / "image.features.h5")], encoder)
         slide, tissue = slides.next("Skin", None)
         slides.close()
-    adata = engine.predict(slide, genes=SHOWN[:3])
+    adata = engine.predict(slide, genes=SHOWN[:3], embeddings=True)
     adata.uns["spatial"] = tissue
     adata.uns["stpath"]["note"] = IMAGE_NOTE
     write_h5ad(adata, out / "image_genes.h5ad")

@@ -13,6 +13,7 @@ import stpath_export
 import stpath_runtime
 import stpath_train
 from helpers import CROP, write_slide
+from stpath_runtime.results.output import write_h5ad
 
 pytestmark = pytest.mark.docs
 
@@ -40,8 +41,11 @@ def names(tiny, tiny_engine, tiny_encoder, tmp_path_factory):
     slide = stpath_runtime.Slide(slide.coords, slide.features, slide.barcodes, name="slide")
     folder = tmp_path_factory.mktemp("examples")
     write_slide(slide, folder / "s.h5")
+    engine = stpath_runtime.Engine.load(tiny_engine)
+    write_h5ad(engine.predict(slide, genes=["GENE1"], embeddings=True), folder / "embedded.h5ad")
     return folder, {
-        "engine": stpath_runtime.Engine.load(tiny_engine),
+        "engine": engine,
+        "embedded_path": "embedded.h5ad",
         "engine_path": tiny_engine,
         "encoder_path": tiny_encoder,
         "image_path": CROP,

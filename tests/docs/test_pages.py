@@ -48,6 +48,7 @@ NOT_RUN = [
     (r"^stpath data download", "fetches gigabytes from a page with terms", check_parses),
     (r"^stpath bench compare", "takes results of two runs; tests of its own", check_parses),
     (r"^stpath .*--backend NAME", "a name to be filled in", check_parses),
+    (r"^stpath view (?!.*--save)", "serves until it is ended; tests of its own", check_parses),
     (r"^tritonserver ", "make test-triton starts a server with the same options", nothing),
     (r"^python run_batch_of_slides\.py ", "TRIDENT's, which is installed from its repository", nothing),
 ]

@@ -42,7 +42,7 @@ export function tables({ state, source, by, draw, save, guarded, showGenes, colo
       name.value = region.name;
       name.setAttribute("aria-label", "name of the region");
       name.addEventListener("focus", () => { if (state.chosen !== i) choose(i, false); });
-      name.addEventListener("change", () => { region.name = name.value.trim() || region.name; showRegions(); tell(); draw(); });
+      name.addEventListener("change", () => { region.name = name.value.trim() || region.name; showRegions(); tell(); compare(); draw(); });
       const count = document.createElement("span");
       count.className = "quiet";
       count.textContent = region.spots === undefined ? "" : region.spots.toLocaleString("en");

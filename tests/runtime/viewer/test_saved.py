@@ -52,7 +52,7 @@ def test_genes_are_kept_once_by_any_of_their_names(shown, tmp_path):
         (["--save", "{tmp}/page.png", "--engine", "{engine}"], "ends in .html"),
         (["--save", "{tmp}/page.html"], "--save needs embeddings and --engine"),
         (["--save", "{tmp}/page.html", "--engine", "{engine}", "--genes", "NOPE"], "no gene 'NOPE'"),
-        (["--save", "{tmp}/none/page.html", "--engine", "{engine}"], "none"),
+        (["--save", "{tmp}/prediction.h5ad/page.html", "--engine", "{engine}"], "prediction.h5ad"),
         (["--genes", "GENE1"], "goes with --save"),
     ],
 )

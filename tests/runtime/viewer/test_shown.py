@@ -115,7 +115,7 @@ def test_tiles_of_a_slide_image_are_its_pixels():
         half = image.read(1, 0, 512, TILE, TILE)  # it is stored at half the size, too
         np.testing.assert_array_equal(tissue.picture.square(0, 512, 2 * TILE), half)
         quarter = image.read(1, 0, 0, 2 * TILE, 2 * TILE).reshape(TILE, 2, TILE, 2, 3).mean(axis=(1, 3))
-        assert np.abs(tissue.picture.square(0, 0, 4 * TILE) - quarter).max() <= 0.5
+        assert np.abs(tissue.picture.square(0, 0, 4 * TILE) - quarter).max() <= 1  # rounded twice
         whole = tissue.levels - 1
         assert TILE << whole >= max(tissue.size)
         assert tissue.tile(whole, 0, 0)

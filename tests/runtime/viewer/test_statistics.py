@@ -51,7 +51,7 @@ def test_a_contrast_is_that_of_brute_force(seed, n, d, share, dtype, offset):
     rng = np.random.default_rng(seed)
     inside = np.sort(rng.permutation(n)[: min(n - 1, max(1, round(share * n)))])
     rest = np.setdiff1d(np.arange(n), inside)
-    other = np.sort(rng.permutation(n)[: rng.integers(1, n + 1)])
+    other = np.sort(rng.permutation(n)[: rng.integers(2, n + 1)])
     for against, given_ in ((rest, None), (other, other)):
         for expression in (embedded, Columns(values.astype(np.float32))):
             found = expression.contrast(inside, given_)
