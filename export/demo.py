@@ -241,6 +241,8 @@ def _print_summary(
     table.add_row("image", f"{tiles} tiles of a crop of a real slide (H&E, CC0); {IMAGE_NOTE}")
     written += ["image.features.h5", "image.tiles.png", "image_genes.h5ad", "tissue_maps.png"]
     table.add_row("written", ", ".join(str(out / name) for name in (*written, "scores.csv", "maps.png", "regions.png")))
+    look = " or ".join(str(out / name) for name in ("prediction.h5ad", "image_genes.h5ad"))
+    table.add_row("look at it", f"stpath view {look} --engine {out / 'engine'}")
     report_console().print(table)
 
 

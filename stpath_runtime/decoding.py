@@ -21,7 +21,7 @@ from .results.reading import open_prediction
 if TYPE_CHECKING:
     import pandas as pd
 
-OURS = ("uns/stpath", "uns/spatialdata_attrs", f"tables/{TABLE}", f"shapes/{SHAPES}", "var/gene_ids")
+OURS = ("uns/stpath", "uns/spatial", "uns/spatialdata_attrs", f"tables/{TABLE}", f"shapes/{SHAPES}", "var/gene_ids")
 DROPPED = ("uns", "layers", "raw", "obsp", "varm", "varp")  # groups that are not kept when a prediction is rewritten
 
 
@@ -58,7 +58,7 @@ def add_genes(
     import pandas as pd
     from anndata import AnnData
 
-    with open_prediction(prediction) as (found, x):
+    with open_prediction(prediction, pictures=True) as (found, x):
         if target == prediction:
             _require_nothing_lost(prediction, found.var.columns)
         embedding = found.obsm.get(EMBEDDING)

@@ -80,7 +80,7 @@ def declared(*extras: str) -> set[str]:
     return named
 
 
-RUNTIME = ("wsi", "cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "plot", "spatialdata", "remote", "ray")
+RUNTIME = ("wsi", "cpu", "gpu", "openvino", "tensorrt", "tensorrt-rtx", "plot", "view", "spatialdata", "remote", "ray")
 
 
 def test_every_import_is_declared():
@@ -104,7 +104,8 @@ def test_nothing_is_declared_that_is_not_imported():
 
 PUBLIC = {
     "stpath_runtime": (
-        *("Attention", "Context", "Engine", "InputError", "InputWarning", "ParityError", "Slide", "read_slide"),
+        *("Attention", "Context", "Engine", "InputError", "InputWarning", "ParityError", "Slide"),
+        *("open_lazy", "read_slide", "view"),
     ),
     "stpath_train": ("STPath", "load_checkpoint", "save_checkpoint"),
     "stpath_export": (),

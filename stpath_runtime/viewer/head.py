@@ -31,16 +31,17 @@ class Head:
 
     @classmethod
     def of(cls, engine: Engine) -> Head:
-        """The head of an engine, from what it gives for d embeddings, each of one number, and for their opposites.
+        """The head of an engine, from what it gives for d embeddings that hold one number each, and for one of zeros.
 
-        A probe p has n = s (p - mean), so that f(p) = s A p + c and f(-p) = -s A p + c. This reads no file of weights,
-        whatever the backend keeps them in, and errs by what the engine's precision errs by.
+        The standardised form of zeros is zeros: f(0) = c. That of a probe p is s (p - mean): f(p) = s A p + c. So no
+        file of weights is read, whatever the backend keeps them in, and it errs by what the precision errs by.
         """
         d = engine.manifest.model.d_model
-        probes = np.eye(d, dtype=np.float32) * PROBED
-        scale = PROBED / np.sqrt(PROBED**2 * (1 / d - 1 / d**2) + EPSILON)  # of p, in its standardised form
-        up, down = engine.decode(probes), engine.decode(-probes)  # [d, G]
-        return cls(((up - down) / (2 * scale)).T.copy(), ((up + down) / 2).mean(axis=0))
+        probes = np.concatenate([np.eye(d, dtype=np.float32) * PROBED, np.zeros((1, d), np.float32)])
+        scale = PROBED / np.sqrt(PROBED**2 * (1 / d - 1 / d**2) + EPSILON)  # s, times what a probe holds
+        found = engine.decode(probes)  # [d + 1, G]
+        weights = np.ascontiguousarray((found[:d] - found[d]).T) / np.float32(scale)
+        return cls(weights - weights.mean(axis=1, keepdims=True), found[d].copy())
 
     def __len__(self) -> int:
         return len(self.offsets)

@@ -82,7 +82,9 @@ def _server(shown: Shown, host: str, opened: socket.socket, **how: Any) -> tuple
 
     token = secrets.token_urlsafe(32)
     port = opened.getsockname()[1]
-    app = create_app(shown, token, OWN_NAMES | {host.casefold()}, beyond=host not in OWN_NAMES, **how)
+    beyond = host not in OWN_NAMES
+    names = OWN_NAMES | {host.casefold()} | ({socket.gethostname().casefold()} if beyond else frozenset())
+    app = create_app(shown, token, names, beyond, **how)
     config = uvicorn.Config(app, log_level="warning", lifespan="off", server_header=False)
     name = f"[{host}]" if ":" in host else host
     return uvicorn.Server(config), f"http://{name}:{port}/?token={token}"

@@ -31,7 +31,8 @@ def run_pytest(*words) -> str:
 def test_at_tiny_sizes(tiny_engine, tiny_checkpoint, tmp_path):
     """What takes processes of its own or proofs is left out, but for the starts; all files are collected."""
     which = (
-        "latency and (spots and 3000 or 0.5 or precision and knn or tile and global) or stages or start or cohort and 3"
+        "latency and (spots and 3000 or 0.5 or precision and knn or tile and global) or stages or start or viewer "
+        "or cohort and 3"
     )
     own = shutil.copytree(tiny_engine, tmp_path / "engine")  # OpenVINO keeps compiled graphs in it
     words = ["--tiny", "--engine", own, "--checkpoint", tiny_checkpoint, "--results", tmp_path]
@@ -50,7 +51,7 @@ def test_at_tiny_sizes(tiny_engine, tiny_checkpoint, tmp_path):
     assert rows["latency by precision", "knn", "PyTorch eager, bf16"].relative_l2 > 1e-4
     assert "TORCH_COMPILE_DISABLE" in rows["latency", "knn", "PyTorch compiled, fp32"].failed
     assert {row.tile for row in results.rows} == {0, 128, 256, 512, 1024, 2048}
-    assert {"read", "encode", "decode", "write", "load", "first call", "warm call", "stpath --help"} <= {
+    assert {"read", "encode", "decode", "write", "load", "first call", "warm call", "stpath --help", "open_lazy"} <= {
         row.what for row in results.rows
     }
 

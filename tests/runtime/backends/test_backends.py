@@ -27,6 +27,12 @@ def copied(made_once, tiny_engine):
     return made_once("tiny_engine_openvino", lambda folder: shutil.copytree(tiny_engine, folder / "engine")) / "engine"
 
 
+@pytest.fixture(autouse=True)
+def _nothing_measured(monkeypatch, tmp_path):
+    """What one test keeps as measured is not found by the next."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(params=WAYS, ids=" ".join)
 def way(request):
     if request.param[1] == "bf16":

@@ -40,6 +40,20 @@ def test_two_ways_give_the_same_genes(words, tiny_engine, tmp_path, capsys):
     np.testing.assert_array_equal(image.obsm["spatial"], file.obsm["spatial"] + 112)  # centres
     assert (tmp_path / "a.tiles.png").stat().st_size > 10_000
     assert image.uns["stpath"]["patch"]["centred"]
+    assert ("stpath_embedding" in image.obsm, "stpath_embedding" in file.obsm) == (True, False)  # stpath view wants it
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr"])
+def test_genes_are_added_and_the_tissue_is_kept(words, tiny_engine, tmp_path, form):
+    path = tmp_path / f"a.{form}"
+    assert main(["predict", str(CROP), *words, "--out", str(path)]) == 0
+    assert main(["decode", str(path), "--engine", str(tiny_engine), "--genes", "GENE9"]) == 0
+    adata = anndata.read_h5ad(path) if form == "h5ad" else anndata.read_zarr(path)
+    assert list(adata.var_names) == [*GENES.split(","), "GENE9"]
+    assert adata.uns["spatial"][CROP.stem]["images"]["hires"].dtype == np.uint8
+    assert main(["predict", str(CROP), *words, "--no-embeddings", "--out", str(path)]) == 0
+    adata = anndata.read_h5ad(path) if form == "h5ad" else anndata.read_zarr(path)
+    assert "stpath_embedding" not in adata.obsm
 
 
 def test_torch_is_not_imported(words, tmp_path):

@@ -156,6 +156,14 @@ def test_another_name_for_this_machine_is_refused(client, path):
     assert client.ask(path, headers={**own, "Host": f"localhost:{port}"})[0] == 200
 
 
+def test_beyond_this_machine_its_name_and_addresses_are_taken_and_no_other_name(shown):
+    with served(shown, "0.0.0.0") as address:
+        client = Client(address.replace("0.0.0.0", "127.0.0.1"))
+        own = {"Authorization": f"Bearer {client.token}"}
+        for host, status in ((socket.gethostname(), 200), ("192.0.2.1:80", 200), ("evil.example", 421)):
+            assert client.ask("/api/info", headers={**own, "Host": host})[0] == status
+
+
 def test_a_page_of_another_site_is_refused_but_for_zarr(client):
     own = {"Authorization": f"Bearer {client.token}", "Origin": "https://evil.example"}
     status, headers, _ = client.ask("/api/info", headers=own)
