@@ -23,7 +23,7 @@ from .shown import Shown, open_shown
 if TYPE_CHECKING:
     from anndata import AnnData
 
-SPOTS, GENES = 16_384, 16  # of a chunk of X: 1 MiB, and a gene of a slide is few of them
+SPOTS, GENES = 65_536, 8  # of a chunk of X: 2 MiB, and a gene of a slide is few of them
 METADATA = ".zmetadata"
 
 
@@ -48,6 +48,10 @@ class PredictionStore(Store):
         return isinstance(other, PredictionStore) and other.shown is self.shown
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __dask_tokenize__(self) -> tuple[str, int]:
+        """What tells it from others, for dask, which would pickle all of it to find that out."""
+        return str(self), id(self.shown)
 
     def __str__(self) -> str:
         return f"prediction://{self.shown.path}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,7 @@ def open_shown(path: Path, engine: Engine | None = None, image: Path | None = No
             embedding = check_embedding(embedding, f"{path}: obsm[{EMBEDDING!r}]", engine.manifest)
             names = engine.vocabulary.names(engine.vocabulary.all_tokens().tolist())
             genes = Genes(names, engine.vocabulary, engine.path)
-            expression: Embedded | Columns = Embedded(embedding, Head.of(engine))
+            expression: Embedded | Columns = Embedded(embedding, partial(Head.of, engine))
         else:
             genes, expression = _stored_genes(frame.var, path), Columns(x)
         if not len(genes):

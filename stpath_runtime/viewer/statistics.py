@@ -11,7 +11,7 @@ N spots, d width, G genes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,8 +62,13 @@ class Contrast:
 class Embedded:
     """A slide's expression, as embeddings [N, d] and a head; the embeddings may be mapped from a file."""
 
-    def __init__(self, embedding: npt.NDArray[np.floating], head: Head) -> None:
-        self.embedding, self.head = embedding, head
+    def __init__(self, embedding: npt.NDArray[np.floating], head: Head | Callable[[], Head]) -> None:
+        self.embedding, self._head = embedding, head
+
+    @cached_property
+    def head(self) -> Head:
+        """The head; made when a gene is first asked for."""
+        return self._head if isinstance(self._head, Head) else self._head()
 
     def __len__(self) -> int:
         return len(self.embedding)
@@ -90,8 +95,9 @@ class Embedded:
 
     def expression(self, rows: slice | Spots, genes: slice | npt.NDArray[np.int64]) -> Floats:
         """Expression of genes at spots, [len(rows), len(genes)]."""
-        found: Floats = self._standardised(rows) @ self.head.weights[genes].T + self.head.offsets[genes]
-        return found
+        # As `gene` does: weights sum to zero, so the mean of an embedding does not matter.
+        products = np.asarray(self.embedding[rows], np.float32) @ self.head.weights[genes].T
+        return np.asarray(products * self._scale[rows, None] + self.head.offsets[genes], np.float32)
 
     def standardised(self) -> Floats:
         """The standardised embeddings of all spots, [N, d]: expression is linear in them."""
