@@ -61,7 +61,7 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# Alone on the machine: all, which takes long, or the key rows, in under 5 minutes on 2 cores.
+# Alone on the machine: all, which takes long, or the key rows, in 7 minutes on 2 cores.
 bench: $(INSTALLED)
 	$(BIN)/pytest benchmarks --benchmark-quiet --benchmark-json=.benchmarks/pytest-benchmark.json
 

@@ -1,7 +1,7 @@
 """What the benchmarks share: a model and engines of the published sizes, timing in turn, and one table at the end.
 
     pytest benchmarks                                                   all
-    pytest benchmarks --quick                                           the key rows, in under 5 minutes on 2 cores
+    pytest benchmarks --quick                                           the key rows, in 7 minutes on 2 cores
     pytest benchmarks --tiny --engine ENGINE --checkpoint CHECKPOINT    that they work, of a small model; no figures
 
 Results go to .benchmarks/: latest.json, which `stpath bench compare` reads, and latest.md.

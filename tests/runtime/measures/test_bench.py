@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from stpath_runtime.backends import choice
 from stpath_runtime.cli.app import main
 from stpath_runtime.errors import BackendError, FileError, InputWarning, MemoryLimitError
 from stpath_runtime.manifest import Manifest, ModelConfig
@@ -227,6 +229,16 @@ def test_bench_end_to_end(tiny_engine, quick_peaks, tmp_path, capsys):
     for name in (*encodes, ("decode", "")):
         assert (len(rows[name].seconds), rows[name].relative_l2) == (2, 0.0)
         assert rows[name].limit > 0
+
+
+def test_bench_keeps_what_auto_then_takes(tiny_engine, quick_peaks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = shutil.copytree(tiny_engine, tmp_path / "engine")  # OpenVINO keeps compiled graphs in it
+    words = ["--spots", "40", "--attention", "global", "--genes", "7", "--rounds", "1", "--precision", "fp32"]
+    assert main(["bench", str(own), *words]) == 0
+    kept = choice.kept_seconds(own, "cpu", "fp32")
+    assert set(kept) == {"onnxruntime", "openvino"}
+    assert capsys.readouterr().out.endswith(choice.choose_backend(own, "cpu", "fp32")[1] + "\n")
 
 
 def test_compare_by_the_command_line(tmp_path, capsys):
