@@ -16,16 +16,14 @@ given) and features are random: the figures tell speed, not accuracy on tissue.
 from __future__ import annotations
 
 import copy
-import json
 import platform
-import statistics
 import subprocess
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,15 +33,15 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 import published
 import tile_encoder
+from gpu_report import Row, print_rows, write_report
 from stpath_export.proof import random_slide
 from stpath_runtime import Context, Engine, Slide
-from stpath_runtime.files import sha256, written_whole
+from stpath_runtime.files import sha256
 from stpath_runtime.measures.agreement import relative_l2
 from stpath_runtime.measures.bench import alone, roofline
 from stpath_runtime.slides.vocabulary import GeneVocabulary
@@ -68,42 +66,6 @@ RESULTS = Path(__file__).parent / "results"
 torch._dynamo.config.recompile_limit = 64
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 Call = Callable[[], np.ndarray | torch.Tensor]  # expression [N, GENES], float32 if it is on the host
-COLUMNS = (
-    "variant",
-    "features",
-    "precision",
-    "median, ms",
-    "spread",
-    "of peak",
-    "first, ms",
-    "peak, GB",
-    "relative L2",
-)
-
-
-@dataclass
-class Row:
-    """One variant at one number of spots."""
-
-    variant: str
-    attention: str  # global or knn; of a tile encoder empty
-    precision: str
-    spots: int  # or tiles
-    features: str = "host"  # where a call finds them: host or device
-    context: int = 0  # spots with measured expression
-    relative_l2: float | None = None  # of the expression, against float64; None: no reference of that size
-    first: float | None = None  # milliseconds of the first call, with all that it compiles and loads
-    milliseconds: list[float] = field(default_factory=list)
-    operations: float = 0.0  # that a call needs at least
-    peak_bytes: int | None = (
-        None  # of device memory: PyTorch, what a call allocates; an engine alone, all of its process
-    )
-    failed: str = ""
-
-    @property
-    def median(self) -> float | None:
-        """Milliseconds of a call."""
-        return statistics.median(self.milliseconds) if self.milliseconds else None
 
 
 def main(
@@ -137,8 +99,8 @@ def main(
 
     def add(found: list[Row]) -> None:
         rows.extend(found)
-        _print(found, report["peaks"])
-        _write(report, rows, out)
+        print_rows(report, found)
+        write_report(report, rows, out)
 
     width = model.config.n_features
     for attention in ("global", "knn"):
@@ -154,7 +116,7 @@ def main(
     for attention, n in (max(sizes, key=lambda size: size[1] * (size[0] == kind)) for kind in ("global", "knn")):
         if time.monotonic() < until:
             add([_alone(each, attention, n, device) for each in engines])
-    Console().print(*_write(report, rows, out))
+    Console().print(*write_report(report, rows, out))
 
 
 def measure(
@@ -506,68 +468,6 @@ def _machine(device: str) -> dict[str, Any]:
         "commit": commit,
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _print(rows: list[Row], peaks: dict[str, float]) -> None:
-    first = rows[0]
-    what = f"{first.spots:,} spots, {first.attention}" if first.attention else f"{first.spots} tiles"
-    table = Table(title=what + (f" {K}" if first.attention == "knn" else ""))
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:3] else "right")
-    for row in rows:
-        names = (row.variant, row.features, row.precision)
-        error = "-" if row.relative_l2 is None else f"{row.relative_l2:.1e}"
-        if row.failed:
-            table.add_row(*names, row.failed)
-            continue
-        memory = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}"
-        times = ("-", "-", "-")
-        if row.median is not None:
-            spread = f"{min(row.milliseconds):.1f} to {max(row.milliseconds):.1f}"
-            share = row.operations / (row.median * 1e-3) / peaks[row.precision]
-            times = (f"{row.median:.1f}", spread, f"{share:.0%}")
-        table.add_row(*names, *times, f"{row.first or 0:.0f}", memory, error)
-    Console(width=None if Console().is_terminal else 160).print(table)
-
-
-def _write(report: dict[str, Any], rows: list[Row], out: Path) -> tuple[Path, Path]:
-    name = ("dry-run-" if report["dry_run"] else "") + "-".join(report["device"].lower().split())
-    out.mkdir(parents=True, exist_ok=True)
-    with written_whole(out / f"{name}.json") as partial:
-        table = [{**asdict(row), "median": row.median} for row in rows]
-        partial.write_text(json.dumps({**report, "rows": table}, indent=1) + "\n")
-    with written_whole(out / f"{name}.png") as partial:
-        _plot(report, rows, partial)
-    return out / f"{name}.json", out / f"{name}.png"
-
-
-def _plot(report: dict[str, Any], rows: list[Row], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    title = f"{report['device']}: {GENES} genes, features on the host, random weights and features"
-    figure.suptitle(("Dry run, no GPU. " if report["dry_run"] else "") + title)
-    panels = figure.subplots(1, 2, sharey=True)
-    names = list(dict.fromkeys((row.variant, row.precision) for row in rows if row.attention))
-    for axes, attention in zip(panels, ("global", "knn"), strict=True):
-        for variant, precision in names:
-            points = [
-                (row.spots, row.median)
-                for row in rows
-                if (row.variant, row.precision, row.attention) == (variant, precision, attention)
-                and row.features == "host"
-                and row.milliseconds
-            ]
-            if points:
-                style = "o-" if precision == "fp32" else "s--"
-                color = f"C{[v for v, _ in names].index(variant)}"
-                axes.plot(*zip(*points, strict=True), style, color=color, label=f"{variant}, {precision}")
-        axes.set(xscale="log", yscale="log", xlabel="spots", title=attention + (f" {K}" if attention == "knn" else ""))
-        axes.grid(alpha=0.3, which="both")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-    panels[0].set_ylabel("milliseconds a slide")
-    figure.savefig(path, format="png", dpi=130)
 
 
 if __name__ == "__main__":
