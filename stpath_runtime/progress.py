@@ -1,4 +1,4 @@
-"""Progress on a terminal, or in a log."""
+"""Progress on a terminal, in a notebook, or in a log."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def tile_bars(slides: int) -> Iterator[Callable[[Any, int, int], None] | None]:
 
 @contextmanager
 def terminal_bars(unit: str = "") -> Iterator[Any]:
-    """Progress bars of rich on a terminal, with a speed where a unit is given; None in a pipe."""
+    """Bars of rich on a terminal, or as a notebook's widget, with a speed where a unit is given; None in a pipe."""
+    from importlib.util import find_spec
+
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -78,7 +80,7 @@ def terminal_bars(unit: str = "") -> Iterator[Any]:
             return Text("" if speed is None else f"{speed:,.1f} {unit}/s")
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal and not (console.is_jupyter and find_spec("ipywidgets")):
         yield None
         return
     columns = (

@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-EXTRAS = ("cpu", "wsi", "openvino", "plot", "spatialdata", "remote", "ray")  # those that run without a GPU
+EXTRAS = ("cpu", "wsi", "view", "openvino", "plot", "spatialdata", "remote", "ray")  # those that run without a GPU
 
 
 def needed(extras: Sequence[str]) -> list[str]:

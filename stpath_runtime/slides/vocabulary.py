@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import gzip
 import io
@@ -151,7 +150,7 @@ class GeneVocabulary:
                 return cls._from_symbol_table(_read_json_object(path), path)
             raw = path.read_bytes()
             return cls._from_tsv((gzip.decompress(raw) if path.suffix == ".gz" else raw).decode())
-        except (ValueError, KeyError, OSError, EOFError, RecursionError, csv.Error, zlib.error) as error:
+        except (ValueError, KeyError, OSError, EOFError, RecursionError, zlib.error) as error:
             if isinstance(error, InputError):
                 raise
             raise VocabularyError(
@@ -188,10 +187,9 @@ class GeneVocabulary:
         if tuple(cells[: len(COLUMNS)]) != COLUMNS:
             raise ValueError(f"the first line must name the columns {', '.join(COLUMNS)}")
         tokens, ids, species, symbols, others = (cells[i + len(COLUMNS) :: len(COLUMNS)] for i in range(len(COLUMNS)))
-        if len(cells) % len(COLUMNS) or list(map(int, tokens)) != list(
-            range(FIRST_GENE_TOKEN, len(tokens) + FIRST_GENE_TOKEN)
-        ):
-            raise ValueError("token ids must count up from 2, one gene a line")
+        counted = range(FIRST_GENE_TOKEN, len(tokens) + FIRST_GENE_TOKEN)
+        if not tokens or len(cells) % len(COLUMNS) or list(map(int, tokens)) != list(counted):
+            raise ValueError("token ids must count up from 2, one gene a line, at least one")
         return cls(ids, symbols, _Joined(others), species)
 
     def write(self, path: str | Path) -> None:

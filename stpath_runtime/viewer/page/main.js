@@ -54,7 +54,6 @@ const showGenes = guarded(async (names) => {
   map.setValues(values[0], values[1]);
   draw();
   lists.showAlike(wanted[0]);
-  if (state.chosen >= 0) lists.mark();
   return true;
 });
 

@@ -147,7 +147,6 @@ export function tables({ state, source, by, draw, save, guarded, showGenes, colo
   return {
     add,
     showAlike,
-    mark: showTable,
     restore: async (regions, chosen) => {
       for (const { name, polygon } of regions) if (Array.isArray(polygon)) await add(polygon, String(name));
       showRegions();

@@ -88,6 +88,14 @@ def test_a_file_that_is_no_symbol_table_is_refused(text, tmp_path):
         GeneVocabulary.read(tmp_path / "missing.json")
 
 
+@pytest.mark.parametrize("rows", ["", "2\tENSG1\thuman\tA", "3\tENSG1\thuman\tA\t", "x\tENSG1\thuman\tA\t"])
+def test_a_table_of_no_genes_or_of_wrong_lines_is_refused(rows, tmp_path):
+    path = tmp_path / "genes.tsv"
+    path.write_text("token_id\tensembl_id\tspecies\tsymbol\tother_symbols\n" + rows)
+    with pytest.raises(InputError, match=r"genes.tsv: not a gene vocabulary"):
+        GeneVocabulary.read(path)
+
+
 @given(st.sampled_from(named_organs).flatmap(lambda name: st.tuples(st.just(name), respelt(name))))
 def test_organs_resolve_whatever_case_and_punctuation(pair):
     name, spelt = pair
