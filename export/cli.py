@@ -32,21 +32,29 @@ class Precision(StrEnum):
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="stfm.pth or a .safetensors file.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="stfm.pth, STFlow's, or a .safetensors file.")
+    ],
     out: Annotated[Path, typer.Option(metavar="ENGINE", help="The engine folder to write.")],
     genes: Annotated[
         Path | None,
-        typer.Option(metavar="VOCABULARY", help="The model's symbol2ensembl.json; left out: STPath's published one."),
+        typer.Option(
+            metavar="VOCABULARY",
+            help="The model's symbol2ensembl.json; left out: STPath's published one. Of STFlow its genes, a JSON list.",
+        ),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.FP32,
     device: Annotated[str, typer.Option(help="Where the proof runs: cpu or cuda:N; bf16 needs a GPU.")] = "cpu",
+    config: Annotated[
+        Path | None, typer.Option(metavar="config.json", help="Of STFlow: the arguments of its training run.")
+    ] = None,
 ) -> None:
     """Export a checkpoint as an engine, and prove its parity before it is published."""
     require_torch()
     from .exporter import export_engine
 
     with progress_bar(f"export {checkpoint.name}") as on_step:
-        report = export_engine(checkpoint, out, genes, precision.value, on_step, device)
+        report = export_engine(checkpoint, out, genes, precision.value, on_step, device, config)
     worst = max(row["relative_l2"] for row in report["cases"])
     typer.echo(
         f"{out}: {precision.value}, {len(report['cases'])} comparisons with float64 passed, relative L2 <= {worst:.1e}"

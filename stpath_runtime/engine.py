@@ -14,13 +14,13 @@ from .backends import open_backend
 from .encoding.attention import Attention, Spots, keys_of
 from .encoding.backend import Backend
 from .encoding.encoder import decode, encode
-from .errors import EngineError, FeaturesError, PredictionError, SlideError, warn
+from .errors import EngineError, FeaturesError, OptionError, PredictionError, SlideError, warn
 from .files import sha256
 from .machine import parse_bytes
-from .manifest import GENES, MANIFEST, Manifest
+from .manifest import GENES, MANIFEST, FlowManifest, Manifest, read_engine
 from .progress import OnTile
 from .readers import keys_of_width
-from .results.prediction import EMBEDDING, Prediction, new_frame, provenance
+from .results.prediction import EMBEDDING, Prediction, attended, new_frame, provenance
 from .slides.context import Context, ContextRows
 from .slides.slide import Slide, by_section
 from .slides.vocabulary import GeneVocabulary
@@ -77,6 +77,8 @@ class Engine:
     ) -> Engine:
         """Load an engine folder, and check its manifest and the hash of every file.
 
+        Of STFlow's engines it gives a `FlowEngine`, which samples.
+
         A file that has not changed since it was last read, by its size, inode and times, is not read again.
 
         Parameters
@@ -99,18 +101,21 @@ class Engine:
         >>> Engine.load(engine_path).precision
         'fp32'
         """
+        from .flow_engine import FlowEngine
+
         path = Path(path)
-        manifest = Manifest.read(path)
+        manifest = read_engine(path)
         digest = sha256(path / MANIFEST)
         manifest.check_files(path, afresh=False)
         vocabulary = GeneVocabulary.read(path / GENES)
-        if vocabulary.n_tokens != manifest.model.n_tokens:
+        if len(vocabulary) != manifest.n_genes:
             raise EngineError(
-                f"{path}: the model has {manifest.model.n_tokens:,} gene tokens, its vocabulary "
-                f"{vocabulary.n_tokens:,}; export the engine again"
+                f"{path}: the model has {manifest.n_genes:,} genes, its vocabulary {len(vocabulary):,}; export the "
+                "engine again"
             )
         opened = open_backend(backend, path, device, manifest.precision, precision)
-        return cls(path, manifest, vocabulary, opened, precision or manifest.precision, digest)
+        kind = FlowEngine if isinstance(manifest, FlowManifest) else cls
+        return kind(path, manifest, vocabulary, opened, precision or manifest.precision, digest)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Free what the engine holds on its device; it cannot predict afterwards. Called twice, it does nothing."""
@@ -246,8 +251,8 @@ class Engine:
         predictions = []
         embeddings_of = self._embed_sections(slides, rows, chosen, memory, on_tile)
         for slide, measured, embedding in zip(slides, rows, embeddings_of, strict=True):
-            facts = provenance(slide, self.hash(), self.manifest, self.backend, self.precision, chosen)
-            facts |= {"context_filled": fill_context and measured is not None}
+            facts = provenance(slide, self.hash(), self.manifest, self.backend, self.precision)
+            facts |= attended(self.manifest, chosen) | {"context_filled": fill_context and measured is not None}
             frame = new_frame(slide, panel.names, panel.gene_ids, facts, measured)
             if embeddings:
                 frame.obsm[EMBEDDING] = embedding
@@ -347,6 +352,35 @@ class Engine:
             )
         return chosen
 
+    def options(
+        self,
+        *,
+        attention: str | Attention | None = None,
+        neighbors: int | None = None,
+        embeddings: bool | None = None,
+        fill_context: bool = False,
+        steps: int | None = None,
+        seed: int | None = None,
+        samples: int | None = None,
+    ) -> dict[str, Any]:
+        """The keywords of `predict_many` for what commands take for either model, checked.
+
+        Raises
+        ------
+        InputError
+            If one is of the other model, or the attention is unknown; the message names it.
+        """
+        given = {"steps": steps, "seed": seed, "samples": samples}
+        self._refuse({name: value for name, value in given.items() if value is not None}, "STFlow", "STPath")
+        chosen = self.attention(attention, neighbors)
+        return {"attention": chosen, "embeddings": bool(embeddings), "fill_context": fill_context}
+
+    def _refuse(self, given: dict[str, object], whose: str, ours: str) -> None:
+        """Refuse options of the other model, by name."""
+        if given:
+            named = " and ".join(name.replace("_", "-") for name in given)
+            raise OptionError(f"{named}: of {whose} engines; {self.path} is an {ours} engine: leave it out")
+
     def hash(self) -> str:
         """SHA-256 of the loaded manifest, which holds the hash of every file: it identifies the engine."""
         return self._digest
@@ -387,7 +421,7 @@ class Engine:
         return np.split(embedding, np.cumsum([len(slide) for slide in slides])[:-1])
 
 
-def check_slide(slide: Slide, manifest: Manifest) -> None:
+def check_slide(slide: Slide, manifest: Manifest | FlowManifest) -> None:
     """Check that this is a Slide, and that its features have the width that the engine expects.
 
     Raises

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,6 +20,10 @@ WEIGHTS = "weights.bin"
 GENES = "genes.tsv.gz"
 ATTENTIONS = ("global", "knn")
 PRECISIONS = ("fp32", "fp16", "bf16")
+FLOW_SCHEMA = 3  # of STFlow's engines; versions that read STPath's alone say of it that it is newer
+FLOW, FLOW_VARIANT = "stflow", "published"
+ACTIVATIONS = ("swiglu", "gelu", "silu", "relu")
+STARTS = ("zinb", "gaussian", "zero", "uniform")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,55 @@ class ModelConfig:
     n_technologies: int
     attention: str = "global"  #: every spot to every spot; or "knn", every spot to its nearest
     neighbors: int = 0  #: with "knn": to how many, itself included
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Sizes of an STFlow model, and how it is sampled; the defaults are the published ones."""
+
+    n_genes: int = 50
+    d_model: int = 128
+    d_edge: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_features: int = 1536
+    neighbors: int = 8  #: nearest spots, without the spot itself
+    activation: str = "swiglu"
+    steps: int = 5  #: points of the time grid
+    start: str = "zinb"  #: what the first state is drawn from
+    start_log_mean: float = 0.1  #: with "zinb": log of the mean of a count over the dispersion
+    start_dispersion: float = 1.0  #: with "zinb"
+    start_zero_logit: float = 0.0  #: with "zinb": of the probability that a count is 0 whatever was drawn
+
+    def check(self) -> None:
+        """Check the values beyond their types.
+
+        Raises
+        ------
+        ValueError
+            If a field has a value that it cannot have; the message names it.
+        """
+        for name in ("n_genes", "d_model", "d_edge", "n_layers", "n_heads", "n_features", "neighbors"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, not above 0")
+        for name in ("d_model", "d_edge"):
+            if getattr(self, name) % self.n_heads:
+                raise ValueError(f"{name} is {getattr(self, name)}, not a multiple of n_heads, {self.n_heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, not {', '.join(ACTIVATIONS)}")
+        if self.activation == "swiglu" and (self.d_model % 2 or self.d_edge % 2):
+            raise ValueError(f"d_model and d_edge are {self.d_model} and {self.d_edge}; swiglu needs even ones")
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}, not {', '.join(STARTS)}")
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}, not 2 or more")
+        numbers = (self.start_log_mean, self.start_dispersion, self.start_zero_logit)
+        if not all(map(math.isfinite, numbers)) or self.start_dispersion <= 0 or abs(self.start_log_mean) > 50:
+            raise ValueError(f"the start's log mean, dispersion and zero logit are {numbers}")
+
+    def inner(self, hidden: int) -> int:
+        """What is left of a hidden layer of such a width behind its activation: half where that is a gate."""
+        return hidden // 2 if self.activation == "swiglu" else hidden
 
 
 class _InFolder:
@@ -140,6 +194,11 @@ class Manifest(_InFolder):
     versions: dict[str, str]  #: library -> version
     parity: dict[str, Any]  #: the proof, as stpath_export.proof writes it
 
+    @property
+    def n_genes(self) -> int:
+        """Genes that it predicts."""
+        return self.model.n_tokens - 2
+
     def check(self) -> None:
         """Check the values beyond their types: a damaged engine must not run.
 
@@ -164,6 +223,52 @@ class Manifest(_InFolder):
         if missing := sorted({"name", "sha256"} - set(self.checkpoint)):
             raise ValueError(f"checkpoint.{missing[0]} is missing")
         if missing := sorted({WEIGHTS, GENES, *graph_files(model.n_layers)} - set(self.files)):
+            raise ValueError(f"files names no {missing[0]}")
+        if self.parity.get("passed", True) is not True:
+            raise ValueError("its proof of parity did not pass")
+
+
+@dataclass(frozen=True)
+class FlowManifest(_InFolder):
+    """The contents of engine.json of an STFlow engine."""
+
+    FILE, SCHEMA, WHAT = MANIFEST, FLOW_SCHEMA, "engine"
+    MAKE = "stpath export CHECKPOINT --config config.json --genes genes.json --out ENGINE"
+
+    schema: int
+    family: str  #: FLOW
+    variant: str  #: which code's sampler and coordinates: FLOW_VARIANT
+    model: FlowConfig
+    precision: str  #: "fp32", "fp16" or "bf16"
+    opset: int
+    encoder: str  #: what computed the features that the model was trained on
+    checkpoint: dict[str, str]  #: name and sha256
+    created: str  #: ISO 8601, UTC
+    files: dict[str, str]  #: path in the directory -> sha256
+    versions: dict[str, str]  #: library -> version
+    parity: dict[str, Any]  #: the proof, as stpath_export.stflow.proof writes it
+
+    @property
+    def n_genes(self) -> int:
+        """Genes that it predicts."""
+        return self.model.n_genes
+
+    def check(self) -> None:
+        """Check the values beyond their types: a damaged engine must not run.
+
+        Raises
+        ------
+        ValueError
+            If a field has a value that it cannot have; the message names it.
+        """
+        if (self.family, self.variant) != (FLOW, FLOW_VARIANT):
+            raise ValueError(f"family and variant are {self.family!r} and {self.variant!r}, not {FLOW}, {FLOW_VARIANT}")
+        self.model.check()
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}, not {', '.join(PRECISIONS)}")
+        if missing := sorted({"name", "sha256"} - set(self.checkpoint)):
+            raise ValueError(f"checkpoint.{missing[0]} is missing")
+        if missing := sorted({WEIGHTS, GENES, *flow_graph_files(self.model.n_layers)} - set(self.files)):
             raise ValueError(f"files names no {missing[0]}")
         if self.parity.get("passed", True) is not True:
             raise ValueError("its proof of parity did not pass")
@@ -230,6 +335,15 @@ class EncoderManifest(_InFolder):
             raise ValueError("its proof of parity did not pass")
 
 
+def is_flow(directory: Path) -> bool:
+    """Whether a folder is an STFlow engine's."""
+    try:
+        content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False  # what is wrong with it is said as it is read
+    return isinstance(content, dict) and content.get("family") == FLOW
+
+
 def is_encoder(directory: Path) -> bool:
     """Whether a folder is a tile encoder's, not an STPath engine's."""
     return (directory / ENCODER_MANIFEST).is_file() and not (directory / MANIFEST).is_file()
@@ -240,7 +354,18 @@ def manifest_path(directory: Path) -> Path:
     return directory / (ENCODER_MANIFEST if is_encoder(directory) else MANIFEST)
 
 
-def read_manifest(directory: Path) -> Manifest | EncoderManifest:
+def read_engine(directory: Path) -> Manifest | FlowManifest:
+    """The manifest of an engine of either model.
+
+    Raises
+    ------
+    InputError
+        If it is no engine, or its manifest is damaged or of another schema.
+    """
+    return FlowManifest.read(directory) if is_flow(directory) else Manifest.read(directory)
+
+
+def read_manifest(directory: Path) -> Manifest | FlowManifest | EncoderManifest:
     """The manifest of an engine or of a tile encoder.
 
     Raises
@@ -248,10 +373,16 @@ def read_manifest(directory: Path) -> Manifest | EncoderManifest:
     InputError
         If it is neither, or its manifest is damaged or of another schema.
     """
-    return EncoderManifest.read(directory) if is_encoder(directory) else Manifest.read(directory)
+    return EncoderManifest.read(directory) if is_encoder(directory) else read_engine(directory)
 
 
 def graph_files(n_layers: int) -> list[str]:
     """Names of an engine's graphs."""
     blocks = [f"{kind}_{layer}" for kind in ("block", "knn_block") for layer in range(1, n_layers + 1)]
     return [f"{name}.onnx" for name in ("tokens", "embed", *blocks, "head", "fused", "fused_knn")]
+
+
+def flow_graph_files(n_layers: int) -> list[str]:
+    """Names of an STFlow engine's graphs."""
+    layers = [f"{kind}_{layer}" for kind in ("edges", "layer") for layer in range(1, n_layers + 1)]
+    return [f"{name}.onnx" for name in ("image", *layers)]

@@ -36,7 +36,7 @@ def load_checkpoint(path: str | Path) -> STPath:
         If the file is missing, not a state_dict of tensors, or not one of STPath.
     """
     path = Path(path)
-    weights, metadata = _read_state_dict(path)
+    weights, metadata = read_state_dict(path)
     config = config_of(weights, metadata, str(path))
     with torch.device("meta"):
         model = STPath(config)
@@ -155,8 +155,14 @@ def _without_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights and metadata of a checkpoint file."""
+def read_state_dict(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights and metadata of a checkpoint file, by the names that the model itself gives them.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, or not a state_dict of dense, finite tensors of floats.
+    """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
     metadata: dict[str, str] = {}

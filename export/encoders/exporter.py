@@ -25,7 +25,7 @@ from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.slide import PUBLISHED_MICRONS
 from stpath_train.encoders import EncoderModel, find_encoder
 
-from ..exporter import OPSET, SharedWeights
+from ..writing import OPSET, SharedWeights
 from .graph import Parts
 from .proof import Report, prove, require_passed
 

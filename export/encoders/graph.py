@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stpath_train.encoders import MEAN, TOKEN, EncoderModel
 
-from ..exporter import DTYPES, OPSET, SHARED_FROM_BYTES, SharedWeights
+from ..writing import DTYPES, OPSET, SHARED_FROM_BYTES, SharedWeights
 from .folding import Block, Product, final_norm, fold_block, fold_stem
 
 IR_VERSION = 11

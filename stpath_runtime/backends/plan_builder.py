@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import InputError, OptionError, PlanError
 from ..files import require_writable, written_whole
-from ..manifest import WEIGHTS, EncoderManifest, Manifest, read_manifest
+from ..manifest import WEIGHTS, EncoderManifest, FlowManifest, Manifest, read_manifest
 from ..progress import OnTile
 from .cuda import Gpu
 from .plans import (
@@ -52,7 +52,7 @@ class Build:
     """What is to be built, checked; make one with `Build.of`."""
 
     engine: Path
-    manifest: Manifest | EncoderManifest
+    manifest: Manifest | FlowManifest | EncoderManifest
     trt: ModuleType
     library: str
     target: str

@@ -17,10 +17,29 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..encoding.sizes import BLOCK, DECODED_ROWS, GENES_AT_ONCE, MOST_ELEMENTS, MOST_ROWS, PAD_KEYS, USUAL_KEYS
+from ..encoding.sizes import (
+    BLOCK,
+    DECODED_ROWS,
+    GENES_AT_ONCE,
+    MOST_ELEMENTS,
+    MOST_ROWS,
+    PAD_KEYS,
+    SAMPLES_AT_ONCE,
+    USUAL_KEYS,
+)
 from ..errors import InstallError, OptionError, PlanError
 from ..files import sha256
-from ..manifest import ENCODER_GRAPH, WEIGHTS, EncoderManifest, Manifest, ModelConfig, graph_files, read_manifest
+from ..manifest import (
+    ENCODER_GRAPH,
+    WEIGHTS,
+    EncoderManifest,
+    FlowConfig,
+    FlowManifest,
+    Manifest,
+    ModelConfig,
+    graph_files,
+    read_manifest,
+)
 from ..records import record
 
 SCHEMA = 1
@@ -141,7 +160,7 @@ def stage_graphs(model: ModelConfig) -> list[str]:
     return [name for name in names if not name.startswith("fused")]
 
 
-def planned(manifest: Manifest | EncoderManifest, max_spots: int) -> dict[str, dict[str, Range]]:
+def planned(manifest: Manifest | FlowManifest | EncoderManifest, max_spots: int) -> dict[str, dict[str, Range]]:
     """The graphs that plans are built from, and the shapes of their inputs.
 
     Raises
@@ -152,6 +171,8 @@ def planned(manifest: Manifest | EncoderManifest, max_spots: int) -> dict[str, d
     if isinstance(manifest, EncoderManifest):
         size = manifest.size
         return {ENCODER_GRAPH: {"tiles": _range(((1, USUAL_TILES, MOST_TILES), size, size, 3))}}
+    if isinstance(manifest, FlowManifest):
+        return flow_ranges(manifest.model, max_spots)
     return {graph: input_ranges(graph, manifest.model, max_spots) for graph in stage_graphs(manifest.model)}
 
 
@@ -197,6 +218,42 @@ def input_ranges(graph: str, model: ModelConfig, max_spots: int) -> dict[str, Ra
         "embedding": ((1, USUAL_DECODED, DECODED_ROWS), d),
     }
     return {name: _range(axes[name]) for name in _inputs(graph)}
+
+
+def flow_ranges(model: FlowConfig, max_spots: int) -> dict[str, dict[str, Range]]:
+    """The graphs of an STFlow engine, and the shapes that each input may have: slides of at most `max_spots`.
+
+    Raises
+    ------
+    InputError
+        If a tensor would have more elements than TensorRT can count.
+    """
+    d, most = model.d_model, MOST_ELEMENTS // (SAMPLES_AT_ONCE * max(model.d_model, model.n_genes))
+    if not 1 <= max_spots <= most:
+        raise OptionError(f"--max-spots {max_spots:,}: give 1 to {most:,}")
+    rows, slide = (1, MOST_ROWS, MOST_ROWS), (1, min(USUAL_SPOTS, max_spots), max_spots)
+    near, samples = (1, model.neighbors, model.neighbors), (1, 1, SAMPLES_AT_ONCE)
+    axes: dict[str, tuple[Axis, ...]] = {
+        "features": (rows, model.n_features),
+        "frames": (rows, near, 3),
+        "tokens": (slide, d),
+        "h": (slide, samples, d),
+        "y": (slide, samples, model.n_genes),
+        "keys": ((1, 2 * MOST_ROWS, MOST_ROWS * (model.neighbors + 1)),),
+        "neighbors": (rows, near),
+        "edges": (rows, near, model.d_edge),
+        "time": (1,),
+        "total": (rows, samples, model.n_genes),
+        "state": (rows, samples, model.n_genes),
+        "rate": (1,),
+    }
+    ends = {"image": ["features"]}
+    for layer in range(1, model.n_layers + 1):
+        first, last = layer == 1, layer == model.n_layers
+        ends[f"edges_{layer}"] = ["frames"]
+        ends[f"layer_{layer}"] = ["tokens" if first else "h", "y", "keys", "neighbors", "edges"]
+        ends[f"layer_{layer}"] += ["time" if first else "total"] + ["state", "rate"] * last
+    return {graph: {name: _range(axes[name]) for name in names} for graph, names in ends.items()}
 
 
 def _inputs(graph: str) -> list[str]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..manifest import EncoderManifest, Manifest
+from ..manifest import EncoderManifest, FlowManifest, Manifest
 from ..progress import report_console
 
 
-def print_manifest(path: Path, manifest: Manifest | EncoderManifest) -> None:
+def print_manifest(path: Path, manifest: Manifest | FlowManifest | EncoderManifest) -> None:
     """Print the manifest as a table."""
     from rich.table import Table
 
-    rows = _of_encoder(path, manifest) if isinstance(manifest, EncoderManifest) else _of_engine(path, manifest)
+    if isinstance(manifest, EncoderManifest):
+        rows = _of_encoder(path, manifest)
+    elif isinstance(manifest, FlowManifest):
+        rows = _of_flow(path, manifest)
+    else:
+        rows = _of_engine(path, manifest)
     console = report_console()
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in rows.items():
@@ -22,14 +27,35 @@ def print_manifest(path: Path, manifest: Manifest | EncoderManifest) -> None:
 
 
 def _of_engine(path: Path, manifest: Manifest) -> dict[str, str]:
+    model = manifest.model
+    attention = model.attention + (f" to {model.neighbors} spots" if model.neighbors else "")
+    return {**_of_model(path, manifest), "attention": attention, **_of_folder(path, manifest)}
+
+
+def _of_flow(path: Path, manifest: FlowManifest) -> dict[str, str]:
+    model = manifest.model
+    return {
+        **_of_model(path, manifest),
+        "variant": f"STFlow as {manifest.variant}, {model.activation}, edges of width {model.d_edge}",
+        "neighbors": f"{model.neighbors}, without the spot itself",
+        "sampling": f"{model.steps} steps, from a start that is {model.start}",
+        **_of_folder(path, manifest),
+    }
+
+
+def _of_model(path: Path, manifest: Manifest | FlowManifest) -> dict[str, str]:
     model, checkpoint = manifest.model, manifest.checkpoint
     return {
         "engine": str(path),
         "checkpoint": f"{checkpoint['name']} (sha256 {checkpoint['sha256'][:16]}…)",
         "model": f"{model.n_layers} layers, width {model.d_model}, {model.n_heads} heads",
-        "genes": f"{model.n_tokens - 2:,}",
+        "genes": f"{manifest.n_genes:,}",
         "features": f"{model.n_features:,} ({manifest.encoder})",
-        "attention": model.attention + (f" to {model.neighbors} spots" if model.neighbors else ""),
+    }
+
+
+def _of_folder(path: Path, manifest: Manifest | FlowManifest) -> dict[str, str]:
+    return {
         "precision": manifest.precision,
         "graphs": f"{sum(name.endswith('.onnx') for name in manifest.files)} ONNX, opset {manifest.opset}",
         "size": _size(path, manifest),
@@ -60,12 +86,12 @@ def _of_encoder(path: Path, manifest: EncoderManifest) -> dict[str, str]:
     }
 
 
-def _size(path: Path, manifest: Manifest | EncoderManifest) -> str:
+def _size(path: Path, manifest: Manifest | FlowManifest | EncoderManifest) -> str:
     size = sum((path / name).stat().st_size for name in manifest.files)
     return f"{size / 2**20:,.1f} MiB in {len(manifest.files)} files, hashes checked"
 
 
-def _versions(manifest: Manifest | EncoderManifest) -> str:
+def _versions(manifest: Manifest | FlowManifest | EncoderManifest) -> str:
     return ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
 
 
@@ -107,9 +133,14 @@ def print_parity(report: dict[str, Any], console: Any) -> None:
         table.add_column(column, justify="left" if column in ("case", "path", "") else "right")
     for row in report["cases"]:
         pearson = "-" if row["pearson_min"] is None else f"{row['pearson_min']:.7f}"
+        embedding = f"{row['embedding_l2']:.1e}" if "embedding_l2" in row else "-"  # STFlow has none
         table.add_row(
             *(row["case"], row["path"], f"{row['genes']:,}", f"{row['relative_l2']:.1e}", f"{row['bar_l2']:.1e}"),
-            *(f"{row['embedding_l2']:.1e}", pearson, "ok" if row["passed"] else "[red]FAILED[/]"),
+            *(
+                embedding,
+                pearson,
+                "ok" if row["passed"] else "[red]FAILED[/]",
+            ),
         )
     console.print(table)
 

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-ON_ONE_THREAD = ("embed", "block_", "knn_block_")  # begin the names of the graphs of which several tiles run at once
+# They begin the names of the graphs of which several tiles run at once.
+ON_ONE_THREAD = ("embed", "block_", "knn_block_", "image", "edges_", "layer_")
 Array = Any  # NumPy's, or one in the memory of a device; rows of it are taken by slices
 Arrays = Mapping[str, npt.NDArray[np.generic]]
 

@@ -47,7 +47,7 @@ def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
     from scipy.spatial import KDTree
 
     points = np.asarray(coords, np.float64)
-    k, rounding = min(k, len(points)), 64 * np.finfo(np.float64).eps * np.abs(points).max(initial=0)
+    k, rounding = min(k, len(points)), rounding_of(points)
     if len(points) == 0:
         return np.empty((0, 0), np.int64)
     # Spots at one place have the same neighbours, which are found once: [M, 2] places, and the place of each spot.
@@ -75,6 +75,11 @@ def nearest(coords: npt.NDArray[np.generic], k: int) -> Ints:
     for _ in each(find, parts, cores()):
         pass
     return neighbors[place]
+
+
+def rounding_of(points: npt.NDArray[np.float64]) -> float:
+    """By how much distances of points [N, 2] may differ that would be the same without rounding."""
+    return float(64 * np.finfo(np.float64).eps * np.abs(points).max(initial=0))
 
 
 def _nearest_of_some(

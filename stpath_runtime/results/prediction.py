@@ -14,7 +14,7 @@ from ..encoding.attention import Attention
 from ..encoding.backend import Backend
 from ..encoding.encoder import ExpressionTile, decode
 from ..encoding.sizes import CHUNK, GENES_AT_ONCE
-from ..manifest import Manifest
+from ..manifest import FlowManifest, Manifest
 from ..progress import OnTile
 from ..slides.context import ContextRows
 from ..slides.slide import Patch, Slide
@@ -27,27 +27,14 @@ EMBEDDING = "stpath_embedding"  # in obsm
 CONTEXT, SECTION = "context", "section"  # in obs
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """A slide of N spots, encoded, and the G genes to decode."""
+class Result:
+    """A predicted slide of N spots and G genes, whose X comes tile by tile."""
 
-    backend: Backend
-    precision: str
     frame: AnnData  #: the result but for X
-    embedding: npt.NDArray[np.floating]  #: [N, d]
-    tokens: npt.NDArray[np.int64]  #: [G]; the last G of the frame's genes
-    measured: ContextRows | None = None  #: measured values that replace predicted ones
-    earlier: Any = None  #: X of a file, whose genes come first
 
     def tiles(self) -> Iterator[ExpressionTile]:
         """Expression, log1p of raw counts, tile by tile; no two overlap, and together they are X."""
-        kept = self.frame.n_vars - len(self.tokens)
-        if kept:
-            yield from _copied(self.earlier)
-        for spots, genes, values in decode(self.backend, self.precision, self.embedding, self.tokens):
-            if self.measured is not None:
-                _fill(values, spots, self.tokens[genes], self.measured)
-            yield spots, slice(genes.start + kept, genes.stop + kept), values
+        raise NotImplementedError
 
     def to_anndata(self) -> AnnData:
         """The result in memory."""
@@ -81,6 +68,43 @@ class Prediction:
                 done += values.size
                 if on_tile is not None:
                     on_tile(done, total)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction(Result):
+    """A slide, encoded, and the genes to decode."""
+
+    backend: Backend
+    precision: str
+    frame: AnnData  #: the result but for X
+    embedding: npt.NDArray[np.floating]  #: [N, d]
+    tokens: npt.NDArray[np.int64]  #: [G]; the last G of the frame's genes
+    measured: ContextRows | None = None  #: measured values that replace predicted ones
+    earlier: Any = None  #: X of a file, whose genes come first
+
+    def tiles(self) -> Iterator[ExpressionTile]:
+        """Expression, log1p of raw counts, tile by tile; no two overlap, and together they are X."""
+        kept = self.frame.n_vars - len(self.tokens)
+        if kept:
+            yield from _copied(self.earlier)
+        for spots, genes, values in decode(self.backend, self.precision, self.embedding, self.tokens):
+            if self.measured is not None:
+                _fill(values, spots, self.tokens[genes], self.measured)
+            yield spots, slice(genes.start + kept, genes.stop + kept), values
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled(Result):
+    """A slide, sampled."""
+
+    frame: AnnData  #: the result but for X
+    values: npt.NDArray[np.float32]  #: [N, G]
+
+    def tiles(self) -> Iterator[ExpressionTile]:
+        """Expression, in tiles of rows."""
+        for start in range(0, len(self.values), CHUNK[0]):
+            spots = slice(start, min(start + CHUNK[0], len(self.values)))
+            yield spots, slice(0, self.values.shape[1]), self.values[spots]
 
 
 def new_frame(
@@ -120,16 +144,12 @@ def _fill(values: npt.NDArray[np.float32], spots: slice, tokens: npt.NDArray[np.
 
 
 def provenance(
-    slide: Slide, engine: str, manifest: Manifest, backend: Backend, precision: str, attention: Attention
+    slide: Slide, engine: str, manifest: Manifest | FlowManifest, backend: Backend, precision: str
 ) -> dict[str, Any]:
     """The facts of one slide's prediction; `engine` is the SHA-256 of the manifest that was loaded."""
     return {
         "engine": engine,
         "checkpoint": manifest.checkpoint["sha256"],
-        "attention": attention.kind,
-        "neighbors": attention.neighbors,
-        "trained_attention": manifest.model.attention,
-        "trained_neighbors": manifest.model.neighbors,
         "precision": precision,
         "backend": backend.name,
         "device": backend.device,
@@ -137,6 +157,16 @@ def provenance(
         "technology": slide.technology or "",
         "patch": _known(slide.patch),
         "units": "log1p raw counts",
+    }
+
+
+def attended(manifest: Manifest, attention: Attention) -> dict[str, Any]:
+    """The facts of how spots attended."""
+    return {
+        "attention": attention.kind,
+        "neighbors": attention.neighbors,
+        "trained_attention": manifest.model.attention,
+        "trained_neighbors": manifest.model.neighbors,
     }
 
 

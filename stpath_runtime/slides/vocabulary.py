@@ -8,6 +8,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -130,6 +131,34 @@ class GeneVocabulary:
     def published(cls) -> GeneVocabulary:
         """STPath's 38,982 genes, as shipped with the package."""
         return _published()
+
+    @classmethod
+    def of_names(cls, names: Sequence[str], source: str) -> GeneVocabulary:
+        """Genes by the names that a model has for them, with the Ensembl ids of those that STPath knows.
+
+        Parameters
+        ----------
+        source
+            What messages call the list.
+
+        Raises
+        ------
+        InputError
+            If a name appears twice.
+
+        Examples
+        --------
+        >>> GeneVocabulary.of_names(["EPCAM", "MINE"], "genes.json").ensembl_ids
+        ('ENSG00000119888', 'MINE')
+        """
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise VocabularyError(f"{source}: the gene {twice[0]!r} appears twice; each needs a name of its own")
+        known, ids = cls.published(), dict[str, None]()
+        for name in names:
+            token = known.find(name)
+            gene = known.ensembl_ids[token - FIRST_GENE_TOKEN] if token is not None else name
+            ids[gene if gene not in ids else name] = None  # two names of one gene are two outputs
+        return cls(list(ids), names, [()] * len(names))
 
     @classmethod
     def read(cls, path: str | Path) -> GeneVocabulary:

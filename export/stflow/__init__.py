@@ -1,0 +1,1 @@
+"""The export of STFlow: its graphs, and the proof of their parity."""

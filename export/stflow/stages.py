@@ -1,0 +1,266 @@
+"""The stages of an STFlow engine as modules, with the weights of a reference model (`stpath_runtime.stflow.sampler`).
+
+They compute what `stpath_train.stflow` does, in fewer products: the first product of a score is that of a spot, plus
+that of its neighbour, plus that of the edge between them.
+
+T spots in a tile, U spots that are their neighbours, B samples, F features, D width, E edge width, G genes, H heads, k
+neighbours; d, e and M: a head of D, of E, and what a score's activation leaves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stpath_train.stflow import ACTIVATIONS, SIGNS, FlowBlock, Fourier, STFlow, Unit
+
+from ..stages import Graph
+
+
+class Edges(nn.Module):
+    """Frames [T, k, 3] -> edges [T, k, E], in float32: pixels are thousands, and their products more."""
+
+    def __init__(self, unit: Unit, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activation, self.dtype = unit.activation, dtype
+        self.norm, self.last = unit.norm, unit.fc2
+        # Of a gate, and of what it lets through, apart; the bias is the weight of a one.
+        whole = torch.cat([unit.fc1.weight, unit.fc1.bias[:, None]], dim=1).T
+        self.first = _weights(whole.chunk(products_of(unit), dim=1))  # [4, M] each
+        self.signs = _fixed(torch.tensor([[*signs, 1.0, 1.0] for signs in SIGNS]))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        signed = F.pad(frames, (0, 1), value=1.0)[:, :, None] * self.signs  # [T, k, 4, 4]
+        inner = self.norm(activate(self.activation, [signed @ weight for weight in self.first]))
+        edges: Tensor = self.last(inner.mean(dim=2))  # it is linear: the mean may come before it
+        return edges.to(self.dtype)
+
+
+def products_of(unit: Unit) -> int:
+    """How many parts the first product of a unit has."""
+    return 2 if unit.activation == "swiglu" else 1
+
+
+def activate(activation: str, hidden: Sequence[Tensor]) -> Tensor:
+    """What an activation leaves of a hidden layer, or of a gate and what it lets through."""
+    return F.silu(hidden[0]) * hidden[1] if activation == "swiglu" else ACTIVATIONS[activation](hidden[0])
+
+
+class Score(nn.Module):
+    """One number for a pair of spots, by a unit whose first product is split by what it takes.
+
+    A gated unit has two such products, kept apart: a tensor of both would be copied to be parted.
+    """
+
+    def __init__(self, unit: Unit, d_head: int, d_edge: int) -> None:
+        super().__init__()
+        self.activation = unit.activation
+        sizes = [d_head, d_head, d_edge, unit.fc1.in_features - 2 * d_head - d_edge]
+        parts = [torch.split(weight, sizes, dim=1) for weight in unit.fc1.weight.chunk(products_of(unit))]
+        self.query, self.key, self.edge, self.state = (_weights(part) for part in zip(*parts, strict=True))
+        self.bias = _weights(unit.fc1.bias.chunk(len(parts)))
+        # Norm and last product in one, w'(z - mean z)/std z: two columns, of centred weights and of the mean. What does
+        # not depend on z cancels in the softmax.
+        weight, inner = (unit.fc2.weight[0] * unit.norm.weight).double(), unit.norm.weight.shape[0]
+        columns = torch.stack([weight - weight.mean(), torch.full_like(weight, 1 / inner)], dim=1)
+        self.last, self.eps = _fixed(columns.to(unit.fc2.weight.dtype)), unit.norm.eps
+
+    def of_spots(self, q: Tensor, y: Tensor) -> list[Tensor]:
+        """What a spot adds to its pairs: queries [T, B, H, d], state [T, B, G] -> [T, 1, B, H, M] each."""
+        return [
+            (q @ a.T - F.linear(y.flatten(0, 1), b, -c).unflatten(0, y.shape[:2])[:, :, None])[:, None]
+            for a, b, c in zip(self.query, self.state, self.bias, strict=True)
+        ]
+
+    def of_neighbors(self, key: Tensor, y: Tensor, neighbors: Tensor) -> list[Tensor]:
+        """What neighbours add: keys [U, B, H, d], state [U, B, G], neighbours [T, k] -> [T, k, B, H, M] each."""
+        sums = [key @ a.T + (y @ b.T)[:, :, None] for a, b in zip(self.key, self.state, strict=True)]
+        return [_pick(each, neighbors) for each in sums]
+
+    def of_edges(self, e: Tensor) -> list[Tensor]:
+        """What edges add: [T, k, H, e] -> [T, k, 1, H, M] each."""
+        return [(e @ a.T)[:, :, None] for a in self.edge]
+
+    def forward(self, *parts: Sequence[Tensor]) -> Tensor:
+        """The scores [T, k, B, H], of what each of the three adds."""
+        hidden = [sum(each[1:], each[0]) for each in zip(*parts, strict=True)]
+        inner = activate(self.activation, hidden)
+        scores, mean = (inner @ self.last).unbind(-1)
+        variance = (inner * inner).mean(dim=-1) - mean * mean
+        return scores * torch.rsqrt(variance.clamp(min=0) + self.eps)
+
+
+class Layer(nn.Module):
+    """One block of the denoiser, of a tile of spots.
+
+    h [N, B, D] (of the first layer tokens [N, D], and the time [1]) and state y [N, B, G] of all spots; keys [U], those
+    of the tile and then their neighbours; neighbors [T, k] into the keys; edges [T, k, E]; total [T, B, G], the sum of
+    the predictions of earlier layers. The last layer moves the state with which the step began by its rate [1].
+    """
+
+    def __init__(self, model: STFlow, block: FlowBlock) -> None:
+        super().__init__()
+        attn, config = block.attn, model.config
+        self.layers, self.heads = config.n_layers, config.n_heads
+        norm, qkv = attn.norm_and_qkv
+        self.norm = norm
+        self.q, self.k, self.v = (_linear(*part) for part in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True))
+        self.score = Score(attn.mlp_attn, config.d_model // self.heads, config.d_edge // self.heads)
+        self.output, self.mlp, self.updater = attn.W_output, block.mlp, block.gene_updater
+
+    def denoise(self, h: Tensor, y: Tensor, neighbors: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+        """H and prediction [T, B, ...] of a tile, from h [U, B or 1, D] and y [U, B, G] of its keys."""
+        tile = neighbors.shape[0]
+        normed, own = self.norm(h.flatten(0, 1)), h[:tile]
+        q = self._heads(self.q(normed.unflatten(0, h.shape[:2])[:tile].flatten(0, 1)), own)
+        key, v = (self._heads(part(normed), h) for part in (self.k, self.v))
+        e, score = edges.unflatten(-1, (self.heads, -1)), self.score  # [T, k, H, E/H]
+        of_pairs = score(score.of_edges(e), score.of_neighbors(key, y, neighbors), score.of_spots(q, y[:tile]))
+        weights = of_pairs.softmax(dim=1)[..., None]  # [T, k, B, H, 1]
+        attended = [(weights * each).sum(dim=1).flatten(-2) for each in (_pick(v, neighbors), e[:, :, None])]
+        both = torch.cat(attended, dim=-1)  # [T, B, D + E]
+        found = (own + self.output(both.flatten(0, 1)).unflatten(0, both.shape[:2])).flatten(0, 1)  # [T B, D]
+        found = found + self.mlp(found)
+        prediction = self.updater(found)
+        return found.unflatten(0, both.shape[:2]), prediction.unflatten(0, both.shape[:2])
+
+    def move(self, total: Tensor, state: Tensor, rate: Tensor) -> Tensor:
+        """The state after a step."""
+        return state * (1 - rate).to(state.dtype) + total / self.layers * rate.to(state.dtype)
+
+    def _heads(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Rows [T B, D] as heads [T, B, H, d]."""
+        return rows.unflatten(-1, (self.heads, -1)).unflatten(0, like.shape[:2])
+
+
+class FirstLayer(Layer):
+    """The layer that takes tokens, which all samples share, and the time."""
+
+    def __init__(self, model: STFlow, block: FlowBlock, time: Fourier) -> None:
+        super().__init__(model, block)
+        self.time = time  # in float32
+
+    def forward(
+        self, tokens: Tensor, y: Tensor, keys: Tensor, neighbors: Tensor, edges: Tensor, time: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        h = F.embedding(keys, tokens) + self.time(time).to(tokens.dtype)  # [U, D]
+        return self.denoise(h[:, None], _pick(y, keys), neighbors, edges)
+
+
+class MiddleLayer(Layer):
+    """A layer between the first and the last."""
+
+    def forward(
+        self, h: Tensor, y: Tensor, keys: Tensor, neighbors: Tensor, edges: Tensor, total: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        h, prediction = self.denoise(_pick(h, keys), _pick(y, keys), neighbors, edges)
+        return h, prediction, total + prediction
+
+
+class LastLayer(Layer):
+    """The layer that ends a step."""
+
+    def forward(
+        self,
+        h: Tensor,
+        y: Tensor,
+        keys: Tensor,
+        neighbors: Tensor,
+        edges: Tensor,
+        total: Tensor,
+        state: Tensor,
+        rate: Tensor,
+    ) -> Tensor:
+        _, prediction = self.denoise(_pick(h, keys), _pick(y, keys), neighbors, edges)
+        return self.move(total + prediction, state, rate)
+
+
+class OnlyLayer(FirstLayer):
+    """The layer of a model that has one."""
+
+    def forward(  # type: ignore[override]  # it ends a step, too
+        self,
+        tokens: Tensor,
+        y: Tensor,
+        keys: Tensor,
+        neighbors: Tensor,
+        edges: Tensor,
+        time: Tensor,
+        state: Tensor,
+        rate: Tensor,
+    ) -> Tensor:
+        _, prediction = super().forward(tokens, y, keys, neighbors, edges, time)
+        return self.move(prediction, state, rate)
+
+
+def graphs(model: STFlow, dtype: torch.dtype) -> list[Graph]:
+    """Every graph of an engine in a type, of a model in float32."""
+    config, exact, model = model.config, copy.deepcopy(model), copy.deepcopy(model).to(dtype)
+    n, t, u, b, k = (torch.export.Dim(name) for name in ("slide", "spots", "keys", "samples", "neighbors"))
+    d, g = config.d_model, config.n_genes
+
+    def floats(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    examples: dict[str, tuple[Tensor, dict[int, Any]]] = {  # sizes that vary are all distinct
+        "features": (floats(5, config.n_features), {0: t}),
+        "frames": (torch.zeros(5, 4, 3), {0: t, 1: k}),
+        "tokens": (floats(11, d), {0: n}),
+        "h": (floats(11, 3, d), {0: n, 1: b}),
+        "y": (floats(11, 3, g), {0: n, 1: b}),
+        "keys": (torch.zeros(7, dtype=torch.int64), {0: u}),
+        "neighbors": (torch.zeros(5, 4, dtype=torch.int64), {0: t, 1: k}),
+        "edges": (floats(5, 4, config.d_edge), {0: t, 1: k}),
+        "time": (torch.zeros(1), {}),
+        "total": (floats(5, 3, g), {0: t, 1: b}),
+        "state": (floats(5, 3, g), {0: t, 1: b}),
+        "rate": (torch.zeros(1), {}),
+    }
+
+    def graph(name: str, module: nn.Module, inputs: Sequence[str], outputs: Sequence[str]) -> Graph:
+        given = {key: examples[key] for key in inputs}
+        return Graph(
+            name,
+            module.eval(),
+            {key: example for key, (example, _) in given.items()},
+            {key: sizes for key, (_, sizes) in given.items()},
+            tuple(outputs),
+        )
+
+    row = [graph("image", model.image_transform, ["features"], ["tokens"])]
+    for i, block in enumerate(model.blocks):
+        first, last = i == 0, i == config.n_layers - 1
+        if first:
+            layer: Layer = (OnlyLayer if last else FirstLayer)(model, block, exact.fourier_proj)
+        else:
+            layer = (LastLayer if last else MiddleLayer)(model, block)
+        inputs = ["tokens" if first else "h", "y", "keys", "neighbors", "edges", "time" if first else "total"]
+        inputs += ["state", "rate"] if last else []
+        outputs = ["state_next"] if last else ["h_next", "y_next"] if first else ["h_next", "y_next", "total_next"]
+        row.append(graph(f"layer_{i + 1}", layer, inputs, outputs))
+        row.append(graph(f"edges_{i + 1}", Edges(exact.blocks[i].attn.edge_trans, dtype), ["frames"], ["edges"]))
+    return row
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [U, ...] at an index [T] or [T, k]: [T, ...] or [T, k, ...]."""
+    return F.embedding(index, rows.flatten(1)).unflatten(-1, rows.shape[1:])
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.clone(), requires_grad=False)
+
+
+def _weights(tensors: Sequence[Tensor]) -> nn.ParameterList:
+    return nn.ParameterList(map(_fixed, tensors))
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    linear.weight, linear.bias = _fixed(weight), _fixed(bias)
+    return linear

@@ -1,0 +1,119 @@
+"""Writes modules as ONNX graphs, whose weights are in one file that they share."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from .stages import Graph
+
+OPSET = 23
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PASSED_ON = ("k", "v", "k_next", "v_next")  # from stage to stage, as they are
+SHARED_FROM_BYTES = 1024  # smaller tensors stay in the graph, where every tool can fold them
+ALIGNMENT = 64
+LIBRARIES = ("stpath-engine", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+
+class SharedWeights:
+    """One file of weights for all graphs; equal tensors are written once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets: dict[str, int] = {}
+        path.touch()
+
+    def add(self, tensor: ir.TensorProtocol, name: str) -> ir.ExternalTensor:
+        """Write a tensor unless it is there, and return what refers to it."""
+        raw = tensor.tobytes()
+        digest = hashlib.sha256(raw).hexdigest()
+        if digest not in self._offsets:
+            with self.path.open("ab") as file:
+                file.write(bytes(-file.tell() % ALIGNMENT))
+                self._offsets[digest] = file.tell()
+                file.write(raw)
+        return ir.ExternalTensor(
+            self.path.name,
+            self._offsets[digest],
+            len(raw),
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+        )
+
+
+def write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
+    """Write a graph into a folder, and its larger weights into their file."""
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+        warnings.simplefilter("ignore")  # notes of the exporter about itself
+        program = torch.onnx.export(
+            graph.module,
+            tuple(graph.inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamic_shapes=tuple(graph.sizes.values()),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    _widen_ends(model)
+    _tidy(model)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes >= SHARED_FROM_BYTES:
+            value.const_value = weights.add(tensor, value.name or "")
+    ir.save(model, directory / f"{graph.name}.onnx")
+
+
+def _widen_ends(model: ir.Model) -> None:
+    """Make the ends that are bfloat16 float32, but for k and v, which stay on the device: NumPy has no bfloat16."""
+    graph = model.graph
+    for i, end in enumerate(graph.inputs):
+        if end.dtype == ir.DataType.BFLOAT16 and end.name not in PASSED_ON:
+            wide = ir.Value(name=end.name, shape=end.shape, type=ir.TensorType(ir.DataType.FLOAT))
+            cast = ir.node("Cast", [wide], {"to": ir.DataType.BFLOAT16})
+            ir.convenience.replace_all_uses_with(end, cast.outputs[0])
+            graph.inputs[i] = wide
+            graph.insert_before(graph[0], cast)
+    for i, end in enumerate(graph.outputs):
+        if end.dtype == ir.DataType.BFLOAT16 and end.name not in PASSED_ON:
+            cast = ir.node("Cast", [end], {"to": ir.DataType.FLOAT})
+            cast.outputs[0].name, end.name = end.name, None
+            cast.outputs[0].shape, cast.outputs[0].type = end.shape, ir.TensorType(ir.DataType.FLOAT)
+            graph.append(cast)
+            graph.outputs[i] = cast.outputs[0]
+
+
+def _tidy(model: ir.Model) -> None:
+    """Drop the exporter's traces (with paths of the machine), and names that may be those of the graph's own ends."""
+    graph = model.graph
+    ends = {id(value) for value in graph.outputs}
+    values = [*graph.inputs, *graph.initializers.values(), *graph.outputs]
+    for i, node in enumerate(graph):
+        node.doc_string = None
+        for j, value in enumerate(node.outputs):
+            if id(value) not in ends:
+                value.name = f"node_{i}_{j}"
+        values += node.outputs
+    for traced in (model, graph, *graph, *values):
+        traced.metadata_props.clear()
+
+
+@contextmanager
+def _quiet(logger: str) -> Iterator[None]:
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
