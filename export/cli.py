@@ -12,7 +12,7 @@ import typer
 from stpath_runtime.cli.options import Backend, Device, chosen_backend
 from stpath_runtime.cli.options import Precision as RunPrecision
 from stpath_runtime.errors import CheckpointError, OptionError
-from stpath_runtime.manifest import is_encoder
+from stpath_runtime.manifest import FlowConfig, ModelConfig, is_encoder, is_flow
 from stpath_runtime.progress import progress_bar, report_console
 from stpath_train.cli import TRAIN, require
 
@@ -116,6 +116,9 @@ def verify(
     backend: Backend = "onnxruntime",
     device: Device = "cpu",
     precision: RunPrecision = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="config.json", help="Of STFlow: the arguments of its training run.")
+    ] = None,
 ) -> None:
     """Repeat the proof of parity for an engine that exists, on a backend and in a precision that it can run."""
     require_torch()
@@ -134,6 +137,16 @@ def verify(
             raise OptionError("--slide and --report are of STPath engines, not of tile encoders; leave them out")
         _verify_encoder(engine, str(checkpoint), backend, device, precision)
         return
+    if is_flow(engine):
+        if report is not None or config is None:
+            said = (
+                f"--report {report}: of STPath engines" if report is not None else "--config: give the training run's"
+            )
+            raise OptionError(f"{said}; {engine} is an STFlow engine")
+        _verify_flow(engine, checkpoint, config, slide, backend, device, precision)
+        return
+    if config is not None:
+        raise OptionError(f"--config {config}: of STFlow engines; {engine} is an STPath engine: leave it out")
     if report is not None:
         require_folder(report)
     given = [] if slide is None else [read_case(slide) if slide.suffix == ".npz" else read_slide(slide)]
@@ -165,6 +178,52 @@ def _verify_encoder(encoder: Path, model: str, backend: str, device: str, precis
     require_passed(report)
 
 
+def _verify_flow(
+    engine: Path,
+    checkpoint: Path,
+    config: Path,
+    slide: Path | None,
+    backend: str,
+    device: str,
+    precision: str | None,
+) -> None:
+    """Repeat the proof of an STFlow engine."""
+    from stpath_runtime.cli.info import print_parity
+    from stpath_runtime.files import sha256
+    from stpath_runtime.manifest import FlowManifest
+    from stpath_runtime.readers import read_slide
+    from stpath_train.flow_checkpoint import load_flow_checkpoint
+
+    from .stflow.proof import prove, require_passed
+
+    manifest = FlowManifest.read(engine)
+    model, _ = load_flow_checkpoint(checkpoint, config)
+    _require_same(model.config, manifest.model, checkpoint, engine, manifest.checkpoint["name"])
+    _warn_of_another_file(checkpoint, sha256(checkpoint), engine, manifest.checkpoint["sha256"])
+    given = [] if slide is None else [read_slide(slide)]
+    with progress_bar(f"prove {engine.name}") as on_step:
+        proof = prove(engine, model, given, backend=backend, device=device, precision=precision, on_step=on_step)
+    print_parity(proof, report_console())
+    require_passed(proof)
+
+
+def _require_same(
+    found: ModelConfig | FlowConfig, wanted: ModelConfig | FlowConfig, checkpoint: Path, engine: Path, made_from: str
+) -> None:
+    """Check that a checkpoint is of the model that an engine is of."""
+    if found != wanted:
+        theirs, ours = asdict(found), asdict(wanted)
+        different = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
+        raise CheckpointError(
+            f"{checkpoint}: another model than {engine}'s ({different}); that engine was made from {made_from}"
+        )
+
+
+def _warn_of_another_file(checkpoint: Path, digest: str, engine: Path, made_from: str) -> None:
+    if digest != made_from:
+        typer.echo(f"warning: {checkpoint} is not the file that {engine} was made from (SHA-256 differs)", err=True)
+
+
 def _reference(checkpoint: Path, engine: Path) -> tuple[STPath, str]:
     """The model that an engine is held to, and the SHA-256 of its file."""
     from stpath_runtime.files import sha256
@@ -173,16 +232,9 @@ def _reference(checkpoint: Path, engine: Path) -> tuple[STPath, str]:
 
     manifest = Manifest.read(engine)
     model = load_checkpoint(checkpoint)
-    if model.config != manifest.model:
-        theirs, ours = asdict(model.config), asdict(manifest.model)
-        different = ", ".join(f"{key} {theirs[key]} against {ours[key]}" for key in ours if theirs[key] != ours[key])
-        raise CheckpointError(
-            f"{checkpoint}: another model than {engine}'s ({different}); that engine was made from "
-            f"{manifest.checkpoint['name']}"
-        )
+    _require_same(model.config, manifest.model, checkpoint, engine, manifest.checkpoint["name"])
     digest = sha256(checkpoint)
-    if digest != manifest.checkpoint["sha256"]:
-        typer.echo(f"warning: {checkpoint} is not the file that {engine} was made from (SHA-256 differs)", err=True)
+    _warn_of_another_file(checkpoint, digest, engine, manifest.checkpoint["sha256"])
     return model, digest
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine, check_embedding, require_made_by
+from .engine import Engine, check_embedding, require_made_by, require_stpath
 from .errors import PredictionError, warn
 from .progress import OnTile
 from .readers import opened
@@ -58,6 +58,7 @@ def add_genes(
     import pandas as pd
     from anndata import AnnData
 
+    require_stpath(engine, "stpath decode")
     with open_prediction(prediction, pictures=True) as (found, x):
         if target == prediction:
             _require_nothing_lost(prediction, found.var.columns)

@@ -369,11 +369,25 @@ class Engine:
         ------
         InputError
             If one is of the other model, or the attention is unknown; the message names it.
+
+        Examples
+        --------
+        >>> engine.options(attention="knn:8")["attention"]
+        Attention(kind='knn', neighbors=8)
         """
         given = {"steps": steps, "seed": seed, "samples": samples}
         self._refuse({name: value for name, value in given.items() if value is not None}, "STFlow", "STPath")
         chosen = self.attention(attention, neighbors)
         return {"attention": chosen, "embeddings": bool(embeddings), "fill_context": fill_context}
+
+    def check_context(self, given: bool) -> None:
+        """Check, before counts are read, that the model takes a context, if one is given.
+
+        Raises
+        ------
+        InputError
+            If it does not.
+        """
 
     def _refuse(self, given: dict[str, object], whose: str, ours: str) -> None:
         """Refuse options of the other model, by name."""
@@ -459,6 +473,25 @@ def check_embedding(embedding: npt.NDArray[Any], name: str, manifest: Manifest) 
             f"{name}: {embedding.dtype} of shape {list(embedding.shape)}; this engine's is float [N, {d_model}]"
         )
     return embedding
+
+
+def require_stpath(engine: Engine, what: str) -> None:
+    """Check that an engine is STPath's, and not STFlow's.
+
+    Parameters
+    ----------
+    what
+        What takes STPath's only, for the message.
+
+    Raises
+    ------
+    InputError
+        If it is not.
+    """
+    if isinstance(engine.manifest, FlowManifest):
+        raise EngineError(
+            f"{engine.path}: an STFlow engine; {what} is of STPath engines, whose embeddings and attention it is about"
+        )
 
 
 def require_made_by(engine: Engine, facts: Mapping[str, Any], path: Path) -> None:

@@ -14,6 +14,7 @@ from .errors import EngineError, OptionError
 from .machine import parse_bytes
 from .manifest import FlowManifest
 from .progress import OnTile
+from .results.output import DEVIATION
 from .results.prediction import Sampled, new_frame, provenance
 from .slides.context import Context, ContextRows
 from .slides.slide import Slide, by_section
@@ -33,7 +34,7 @@ class FlowEngine(Engine):
     Examples
     --------
     >>> adata = Engine.load(flow_path).predict(flow_slide, samples=4)
-    >>> adata.X.shape == adata.layers["std"].shape == (len(flow_slide), 3)
+    >>> adata.X.shape == adata.layers["std"].shape == (9, 50)
     True
     """
 
@@ -126,8 +127,7 @@ class FlowEngine(Engine):
         InputError
             What `predict` raises, and if a context is given: this model takes none.
         """
-        if contexts is not None and any(context is not None for context in contexts):
-            raise OptionError(f"{self.path}: context is of STPath engines; an STFlow engine takes none")
+        self.check_context(contexts is not None and any(context is not None for context in contexts))
         if len(slides) != 1 and not (start is None and neighbor_index is None):
             raise OptionError("start and neighbor_index are of one slide; predict each on its own")
         panel = self.vocabulary.panel(genes)
@@ -142,7 +142,7 @@ class FlowEngine(Engine):
             columns = panel.tokens - 2
             frame = new_frame(slide, panel.names, panel.gene_ids, facts, None)
             if deviation is not None:
-                frame.layers["std"] = deviation[:, columns]
+                frame.layers[DEVIATION] = deviation[:, columns]
             predictions.append(Sampled(frame, mean[:, columns]))
         return predictions
 
@@ -176,6 +176,17 @@ class FlowEngine(Engine):
                 raise OptionError(f"{name} must be a whole number from {least}, not {value!r}")
         return {name: int(value) for name, value in chosen.items()}
 
+    def check_context(self, given: bool) -> None:
+        """Refuse a context.
+
+        Raises
+        ------
+        InputError
+            If one is given.
+        """
+        if given:
+            raise OptionError(f"context: of STPath engines; {self.path} is an STFlow engine, which takes none")
+
     def embed(self, *given: Any, **options: Any) -> NoReturn:
         """Not of this model.
 
@@ -184,7 +195,7 @@ class FlowEngine(Engine):
         InputError
             Always.
         """
-        raise EngineError(f"{self.path}: an STFlow engine, which has no embeddings; predict gives its genes")
+        raise EngineError(f"{self.path}: an STFlow engine, which has no embeddings, and no attention to choose")
 
     decode = attention = embed
 

@@ -14,7 +14,15 @@ import torch
 from filelock import FileLock
 
 import timm_here  # noqa: F401, before anything imports timm
-from helpers import GOLDEN_CASES, Golden, load_golden, write_encoder, write_symbol_table
+from helpers import (
+    GOLDEN_CASES,
+    Golden,
+    load_flow_golden,
+    load_golden,
+    write_encoder,
+    write_flow_checkpoint,
+    write_symbol_table,
+)
 from stpath_export.encoders.exporter import export_encoder
 from stpath_export.exporter import export_engine, write_engine
 from stpath_train.checkpoint import seeded_checkpoint
@@ -67,6 +75,17 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]
 def tiny_checkpoint(tiny, made_once) -> Path:
     fill = lambda folder: torch.save(tiny.model.state_dict(), folder / "tiny.pth")  # noqa: E731
     return made_once("tiny_checkpoint", fill) / "tiny.pth"
+
+
+@pytest.fixture(scope="session")
+def flow_engine(made_once) -> Path:
+    """An engine of the golden cases of STFlow whose units are gated, and beside it what it was made from."""
+
+    def fill(folder):
+        checkpoint, config, genes = write_flow_checkpoint(load_flow_golden("random_small").model, folder)
+        export_engine(checkpoint, folder / "engine", genes, config=config)
+
+    return made_once("flow_engine", fill) / "engine"
 
 
 @pytest.fixture(scope="session")

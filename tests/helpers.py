@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -17,15 +17,17 @@ import torch
 from anndata import AnnData
 
 from stpath_runtime.backends.openvino import process_core
-from stpath_runtime.manifest import Manifest, ModelConfig
+from stpath_runtime.manifest import FlowConfig, Manifest, ModelConfig
 from stpath_runtime.slides.context import Context
 from stpath_runtime.slides.slide import Slide
 from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES, GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
 from stpath_train.model import STPath
+from stpath_train.stflow import STFlow
 from stpath_train.store import Record, Store, highly_variable, measured
 
 GOLDEN = Path(__file__).parent / "golden"
+FLOW_SIZES = FlowConfig(n_genes=50, d_model=32, d_edge=16, n_layers=2, n_heads=4, n_features=24)
 GOLDEN_CASES = ("tiny_masked", "tiny_context", "tiny_batch", "full_masked", "full_context")
 
 
@@ -55,6 +57,12 @@ class Golden:
     @property
     def prediction(self) -> np.ndarray:
         return self.arrays["prediction"][:, self.arrays["output_token_ids"] >= 2]
+
+    @property
+    def embedded(self) -> np.ndarray:
+        """Spots whose embedding the case holds: all, or every fourth."""
+        spots = len(self.prediction)
+        return np.arange(0, spots, spots // len(self.arrays["embedding"]))
 
     def slides(self) -> list[tuple[np.ndarray, Slide, Context | None]]:
         """Each slide of the case: its spots in the case, itself, and its context."""
@@ -105,6 +113,52 @@ def load_golden(name: str) -> Golden:
     rng = np.random.RandomState(int(arrays["feature_seed"]))
     features = rng.standard_normal((len(arrays["coords"]), sizes["feature_dim"])).astype(np.float32)
     return Golden(name, seeded_checkpoint(config, int(arrays["weight_seed"])), features, arrays)
+
+
+@dataclass(frozen=True)
+class FlowGolden:
+    """A golden case of STFlow: the model, its inputs, and what the published code gave."""
+
+    model: STFlow  # in float64
+    arrays: dict[str, np.ndarray]
+
+    @property
+    def steps(self) -> int:
+        return int(self.arrays["steps"])
+
+    @property
+    def slide(self) -> Slide:
+        return Slide(self.arrays["coords"], self.arrays["features"].astype(np.float32), name="golden")
+
+
+FLOW_CASES = ("random_small", "random_small_steps2", "relu", "duplicates", "hex_exact", "n1", "n8", "n9")
+
+
+def load_flow_golden(case: str) -> FlowGolden:
+    with np.load(GOLDEN / "stflow.npz") as file:
+        arrays = {key.removeprefix(f"{case}/"): file[key] for key in file.files if key.startswith(f"{case}/")}
+        activation = str(arrays["activation"])
+        of_model = {key: file[key] for key in file.files if key.startswith(f"weights of {activation}/")}
+    weights = {
+        key.removeprefix(f"weights of {activation}/"): torch.from_numpy(value) for key, value in of_model.items()
+    }
+    model = STFlow(replace(FLOW_SIZES, activation=activation)).double()
+    model.load_state_dict(weights)
+    return FlowGolden(model.requires_grad_(False).eval(), arrays)
+
+
+def write_flow_checkpoint(model: STFlow, folder: Path, **changed) -> tuple[Path, Path, Path]:
+    """Weights, config.json and genes.json, as a training run of the published code leaves them."""
+    c = model.config
+    run = {"n_genes": c.n_genes, "hidden_dim": c.d_model, "pairwise_hidden_dim": c.d_edge, "n_layers": c.n_layers}
+    run |= {"n_heads": c.n_heads, "feature_dim": c.n_features, "n_neighbors": c.neighbors, "n_sample_steps": c.steps}
+    run |= {"prior_sampler": c.start, "activation": c.activation, "zinb_logits": 0.1, "zinb_total_count": 1}
+    run |= {"zinb_zi_logits": 0, "feature_encoder": "uni_v1_official", "normalize_method": "log1p", "lr": 5e-4}
+    genes = [f"GENE{i}" for i in range(c.n_genes)]
+    torch.save(model.state_dict(), folder / "flow.pth")
+    (folder / "config.json").write_text(json.dumps(run | changed))
+    (folder / "genes.json").write_text(json.dumps({"genes": genes}))
+    return folder / "flow.pth", folder / "config.json", folder / "genes.json"
 
 
 def relative_l2(found, exact) -> float:

@@ -124,8 +124,8 @@ def reference(model: STFlow, of_edges: STFlow, case: FlowCase, around: Neighborh
     start = torch.from_numpy(draw_start(model.config, len(slide), 0, 0)).to(dtype)
     neighbors = torch.from_numpy(around.neighbors)
     with torch.inference_mode():
-        edges = [each.to(dtype) for each in of_edges.edges(torch.from_numpy(np.asarray(slide.coords)), neighbors)]
-        features = torch.from_numpy(np.asarray(slide.features)).to(dtype)
+        coords, features = torch.tensor(slide.coords), torch.tensor(slide.features).to(dtype)
+        edges = [each.to(dtype) for each in of_edges.edges(coords, neighbors)]
         *_, (_, found) = model.walk(features, edges, start, case.steps, neighbors)
     return found.double().numpy()
 

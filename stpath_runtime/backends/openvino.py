@@ -1,11 +1,12 @@
 """OpenVINO, on CPUs: float32, or bfloat16 where the CPU computes in it (AMX, AVX-512-BF16).
 
-Both run the graphs of a float32 engine; OpenVINO rounds what enters a product. Two things stay as they are, or bfloat16
-would err more than PyTorch does in it (measured on the trained demo model, 12,000 spots: 7.9e-3 of the embedding,
+Both run the graphs of a float32 engine; OpenVINO rounds what enters a product. Three things stay as they are, or it
+would err more than PyTorch does in bfloat16 (measured on the trained demo model, 12,000 spots: 7.9e-3 of the embedding,
 PyTorch 4.1e-3, so 2.7e-3):
 
 - Positions. bfloat16 has 8 bits: two spots 0.3 apart near 100 become one. Distances are taken of whole numbers,
   coordinates times 2^24, whose differences are exact, and then rounded.
+- STFlow's edges, whose pixels are thousands.
 - The head. Genes that hardly vary over the spots vary less than bfloat16 rounds.
 
 k and v, which a product in bfloat16 gives, pass between the stages as the bits that they are (`KV_DTYPES`): no number
@@ -44,7 +45,7 @@ HINTS = {"fp32": "f32", "bf16": "bf16"}  # OpenVINO's names of the precisions
 POSITIONS = ("coords", "key_coords")
 STEPS = 2.0**24  # in one unit of normalised coordinates: 100 of them are below 2^31
 SUBTRACTIONS = 2  # of positions, along x and along y, in a block
-IN_FLOAT32 = ("head",)  # whatever the precision
+IN_FLOAT32 = ("head", "edges_")  # begin the names of graphs that are so whatever the precision
 # One table of all genes each, or gigabytes of a tile encoder: read back no faster than compiled.
 NOT_CACHED = ("head", "tokens", ENCODER_GRAPH)
 OLDEST = (2026, 3)  # 2026.2 gives wrong numbers of ONNX Attention, without an error; 2026.0 does not know it
@@ -141,7 +142,7 @@ class OpenVinoBackend:
         return self._ov.Tensor(array, shared_memory=True)
 
     def _reduced(self, graph: str) -> bool:
-        return self._precision != "fp32" and graph not in IN_FLOAT32
+        return self._precision != "fp32" and not graph.startswith(IN_FLOAT32)
 
     def _load(self, graph: str) -> openvino.CompiledModel:
         hint = HINTS[self._precision if self._reduced(graph) else "fp32"]

@@ -76,7 +76,7 @@ def measure(
 
     Two results are compared by: stpath bench compare OLD NEW
     """
-    from ..manifest import Manifest, is_encoder
+    from ..manifest import Manifest, is_encoder, is_flow
     from ..measures.bench.measure import measure_engine, ways_here
     from ..measures.bench.results import Row
     from ..measures.bench.tiles import measure_encoder
@@ -95,6 +95,8 @@ def measure(
         _show(measured, out)
         _keep(engine, measured)
         return
+    if is_flow(engine):
+        raise OptionError(f"{engine}: an STFlow engine; stpath bench measures STPath engines and tile encoders")
     if tiles is not None:
         raise OptionError(f"--tiles {tiles}: of a tile encoder, and {engine} is an STPath engine; give --spots")
     k = neighbors or Manifest.read(engine).model.neighbors or NEIGHBORS

@@ -50,6 +50,14 @@ Memory = Annotated[
         metavar="SIZE", parser=parse_bytes, help="Memory to take, such as 6G; left out: half of what there is."
     ),
 ]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", help="Of STFlow: points of the time grid, from 2; left out: as trained.")
+]
+Seed = Annotated[int | None, typer.Option(metavar="N", help="Of STFlow: of what its samples start from; left out: 0.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Of STFlow: from 2 on the result is their mean and layers['std']; left out: 1."),
+]
 Backend = Annotated[
     str,
     typer.Option(help="What runs the engine: onnxruntime, openvino, tensorrt, tensorrt_rtx, or auto, which says what."),

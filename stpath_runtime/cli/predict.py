@@ -34,8 +34,11 @@ from .options import (
     Organ,
     Pitch,
     Precision,
+    Samples,
     Sections,
+    Seed,
     SpotsFile,
+    Steps,
     Tech,
     Tissue,
     Type,
@@ -88,6 +91,9 @@ def predict(
     tissue: Tissue = None,
     spots: SpotsFile = None,
     sections: Sections = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    samples: Samples = None,
 ) -> None:
     """Predict the expression of genes at every spot of one or more slides, images or files of features."""
     from ..engine import Engine
@@ -115,6 +121,16 @@ def predict(
         engine, backend=chosen_backend(engine, backend, device, precision), device=device, precision=precision
     )
     panel = loaded.vocabulary.panel(names)
+    options = loaded.options(
+        attention=attention,
+        neighbors=neighbors,
+        embeddings=embeddings,
+        fill_context=fill_context,
+        steps=steps,
+        seed=seed,
+        samples=samples,
+    )
+    loaded.check_context(context is not None)
     counts = read_context(context) if context is not None else None
 
     tiles = _tile_encoder(encoder, loaded, backend, device, precision)
@@ -126,16 +142,15 @@ def predict(
         require_target(target, inputs)
         measured = choose_spots(counts, slide, context_spots) if counts is not None and context_spots else counts
         with progress_bar(path.name) as on_tile:
+            if "embeddings" in options and embeddings is None:
+                options["embeddings"] = is_image
             (prediction,) = loaded.predict_many(
                 [slide],
                 [measured],
                 genes=panel.names if names is not None else None,
-                attention=attention,
-                neighbors=neighbors,
                 memory=memory,
-                embeddings=is_image if embeddings is None else embeddings,
-                fill_context=fill_context,
                 on_tile=on_tile,
+                **options,
             )
         if picture:
             prediction.frame.uns["spatial"] = picture
@@ -233,6 +248,9 @@ def run(
     pitch: Pitch = DEFAULTS.pitch,
     min_tissue: MinTissue = DEFAULTS.min_tissue,
     sections: Sections = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    samples: Samples = None,
 ) -> None:
     """Predict a cohort of slides: what is whole is skipped, a failing slide stops no other."""
     from ..cohort.pipeline import Settings
@@ -258,6 +276,9 @@ def run(
         encoder=encoder,
         encoder_backend=chosen_backend(Path(encoder), backend, device, precision) if encoder is not None else None,
         tiles=TileSettings(mpp, pitch, min_tissue, sections=sections),
+        steps=steps,
+        seed=seed,
+        samples=samples,
     )
     jobs = read_cohort(cohort, out, form, organ, tech, endings_in_folder(mpp) if encoder is not None else ())
     _require_context(any(job.context for job in jobs), context_spots, fill_context)

@@ -65,12 +65,20 @@ class Settings:
     encoder: str | None = None  #: of slide images
     encoder_backend: str | None = None  #: what runs it; None: what runs the engine
     tiles: TileSettings = field(default_factory=TileSettings)  #: of slide images
+    steps: int | None = None  #: of STFlow, as are the two below
+    seed: int | None = None
+    samples: int | None = None
 
     def load(self) -> Engine:
         """Load the engine, and check the settings against it."""
         engine = Engine.load(self.engine, backend=self.backend, device=self.device, precision=self.precision)
-        engine.attention(self.attention, self.neighbors)
+        self.options(engine)
         return engine
+
+    def options(self, engine: Engine) -> dict[str, Any]:
+        """What the engine's `predict_many` takes beside genes and memory, checked against the engine."""
+        names = ("attention", "neighbors", "embeddings", "fill_context", "steps", "seed", "samples")
+        return engine.options(**{name: getattr(self, name) for name in names})
 
     def load_encoder(self, engine: Engine) -> Encoder | None:
         """Load the tile encoder, if there is one, and check that the engine takes its features."""
@@ -305,11 +313,8 @@ def _encode_together(engine: Engine, works: list[_Work], settings: Settings, wat
         slides,
         [work.context for work in works],
         genes=settings.genes,
-        attention=settings.attention,
-        neighbors=settings.neighbors,
         memory=settings.memory,
-        embeddings=settings.embeddings,
-        fill_context=settings.fill_context,
+        **settings.options(engine),
         on_tile=partial(watch, f"predict {slide_name(works[0].job.slide)}{more}"),
     )
     for work, prediction in zip(works, predictions, strict=True):
@@ -353,10 +358,15 @@ def fingerprint(job: Job, identity: dict[str, Any]) -> str:
 
 def _identity(engine: Engine, settings: Settings, encoder: Encoder | None) -> dict[str, Any]:
     """The parts of engine and settings that a result depends on or records (not the memory)."""
-    attention = str(engine.attention(settings.attention, settings.neighbors))
-    kept = asdict(settings) | {"engine": engine.hash(), "attention": attention}
+    options = settings.options(engine)
+    if "attention" in options:
+        options["attention"] = str(options["attention"])
+    kept = asdict(settings) | {"engine": engine.hash(), "attention": None} | options
     for free in ("memory", "neighbors", "resume", "encoder_backend"):
         del kept[free]
+    for name in ("steps", "seed", "samples"):  # as before there was STFlow, so that results of then are known again
+        if name not in options:
+            del kept[name]
     if encoder is None:  # as before there were images, so that results of then are known again
         del kept["encoder"], kept["tiles"]
     else:

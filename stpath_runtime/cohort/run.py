@@ -140,6 +140,7 @@ def run_cohort(jobs: Sequence[Job], out: str, settings: Settings, cluster: dict[
     engine = settings.load()  # where slides run elsewhere, too: a fault of it is named before anything is written
     encoder = settings.load_encoder(engine)
     _require_encoder(jobs, settings)
+    engine.check_context(any(job.context for job in jobs))
     panel = engine.vocabulary.panel(settings.genes)
     if settings.genes is not None:
         settings = replace(settings, genes=panel.names)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine import Engine
+from ..engine import Engine, require_stpath
 from ..errors import EncoderError
 from ..images.encoder import TileEncoder, Tiles
 from ..slides.slide import Slide
@@ -76,6 +76,7 @@ class STPath(_Model):
         features_model_name: str = "gigapath",
     ) -> None:
         self.model = engine if isinstance(engine, Engine) else Engine.load(engine)
+        require_stpath(self.model, "STPath in LazySlide")
         self.name, self.features_model_name = "stpath", features_model_name
         self._panel = self.model.vocabulary.panel(genes)
         self._all = genes is None

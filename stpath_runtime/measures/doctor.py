@@ -77,8 +77,8 @@ def examine(engine: Path | None) -> None:
 def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
     """How far each way is from ONNX Runtime on the CPU, and whether that is within BARS.
 
-    By relative L2 of all genes on one random slide from a seed; the larger of global and kNN attention. Of a tile
-    encoder by that of the features of a few tiles.
+    By relative L2 of all genes on one random slide from a seed; of STPath the larger of global and kNN attention. Of a
+    tile encoder by that of the features of a few tiles.
     """
     if DEFAULT not in ways:
         return {}
@@ -94,6 +94,7 @@ def compare(engine: Path, ways: list[Way]) -> dict[Way, tuple[float, bool]]:
 
 def _expressions(engine: Path, way: Way) -> list[np.ndarray]:
     from ..engine import Engine
+    from ..flow_engine import FlowEngine
     from ..images.encoder import TileEncoder, noise
     from ..slides.slide import Slide
 
@@ -105,6 +106,8 @@ def _expressions(engine: Path, way: Way) -> list[np.ndarray]:
     row, column = np.divmod(np.arange(SPOTS), int(np.sqrt(SPOTS)))
     coords = np.stack([200 * column + 100 * (row % 2), 173 * row], axis=1)
     slide = Slide(coords, rng.standard_normal((SPOTS, loaded.manifest.model.n_features), np.float32))
+    if isinstance(loaded, FlowEngine):
+        return [np.asarray(loaded.predict(slide).X)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)  # that kNN may be an approximation is no matter here
         embeddings = (loaded.embed(slide, attention="global"), loaded.embed(slide, attention="knn", neighbors=KNN))
@@ -169,5 +172,6 @@ def _print(
     elif engine is not None:
         console.print(
             f"Differs by: relative L2 of all genes against ONNX Runtime on the CPU, on a random slide of {SPOTS} spots "
-            "from a seed, global and kNN attention. The proof against PyTorch: stpath verify ENGINE --backend ..."
+            "from a seed; of STPath the larger of global and kNN attention. The proof against PyTorch: stpath verify "
+            "ENGINE --backend ..."
         )

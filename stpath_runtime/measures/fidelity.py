@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..encoding.attention import Attention
 from ..encoding.sizes import GENES_AT_ONCE
-from ..engine import Engine
+from ..engine import Engine, require_stpath
 from ..errors import InputWarning
 from ..files import written_whole
 from ..names import shown
@@ -64,6 +64,7 @@ def measure_fidelity(
     on_step
         Called with (done, total) after each k.
     """
+    require_stpath(engine, "stpath fidelity")
     model = engine.manifest.model
     engine.embed(Slide(slide.coords[:1], slide.features[:1]))  # loads the graphs: not a part of the times
     seconds, exact = _timed(engine, slide, memory)

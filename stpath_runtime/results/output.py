@@ -26,6 +26,7 @@ LARGE = 2 << 30  # bytes of X above which zarr is the default
 ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}  # how anndata marks a dense matrix
 TABLE, SHAPES = "stpath", "spots"  # elements of a SpatialData
 PROVENANCE = "uns/stpath"
+DEVIATION = "std"  # in layers: of the samples whose mean X is
 
 
 class Format(StrEnum):

@@ -17,7 +17,7 @@ from ..readers.mapped import map_array
 from ..readers.sources import Source, reading
 from ..readers.spatial import is_spatialdata
 from ..readers.zarrs import ZarrSource
-from .output import TABLE
+from .output import DEVIATION, TABLE
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -44,7 +44,7 @@ class Stored:
 
 @contextmanager
 def open_prediction(
-    path: str | Path, mapped: Collection[str] = (), pictures: bool = False
+    path: str | Path, mapped: Collection[str] = (), pictures: bool = False, deviations: bool = False
 ) -> Iterator[tuple[AnnData, Stored]]:
     """Open a prediction, h5ad, zarr or SpatialData: the result but for X, and X [N, G] of its file, to be sliced.
 
@@ -57,6 +57,8 @@ def open_prediction(
         Names in obsm that are mapped from the file, not read.
     pictures
         Whether to read those of the tissue, `uns["spatial"]`, where the file has them.
+    deviations
+        Whether to read the standard deviations of samples, `layers["std"]`, where the file has them.
 
     Raises
     ------
@@ -84,6 +86,8 @@ def open_prediction(
             uns["spatial"] = source.read(f"{start}uns/spatial")
         with reading(source.path):
             frame = AnnData(obs=obs, var=var, obsm=obsm, uns=uns)
+            if deviations and DEVIATION in source.names(f"{start}layers"):
+                frame.layers[DEVIATION] = read_matrix(source, f"{start}layers/{DEVIATION}")
         yield frame, Stored(source.path, x)
 
 

@@ -19,7 +19,9 @@ import triton_python_backend_utils as pb_utils
 
 from stpath_runtime.engine import Engine
 from stpath_runtime.errors import GeneError, InputError, MemoryLimitError, SlideError
+from stpath_runtime.flow_engine import FlowEngine
 from stpath_runtime.images.encoder import TileEncoder
+from stpath_runtime.results.output import DEVIATION
 from stpath_runtime.slides.slide import Slide, text
 
 ALL_GENES = "all"
@@ -42,7 +44,10 @@ class TritonPythonModel:
         self.engine = Engine.load(engine, device=f"cuda:{args['model_instance_device_id']}" if on_gpu else "cpu")
         # The warm-up would load the graphs, too; but a server whose warm-up fails may die without a word (2.51 does).
         spot = Slide(np.zeros((1, 2)), np.zeros((1, self.engine.manifest.model.n_features), np.float32))
-        self.engine.decode(self.engine.embed(spot), self.engine.vocabulary.ensembl_ids[:1])
+        if isinstance(self.engine, FlowEngine):
+            self.engine.predict(spot)
+        else:
+            self.engine.decode(self.engine.embed(spot), self.engine.vocabulary.ensembl_ids[:1])
         self.encoder: TileEncoder | None = None
         if (encoder := engine.with_name("encoder")).is_dir():
             self.encoder = TileEncoder.load(encoder, device=self.engine.backend.device)
@@ -54,7 +59,7 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            expression, columns = self._predict(request)
+            found, columns = self._predict(request)
         except InputError as error:
             return _refusal(str(error), pb_utils.TritonError.INVALID_ARG)
         except MemoryError as error:
@@ -65,9 +70,8 @@ class TritonPythonModel:
             reason = f"{type(error).__name__}: {error}; a fault of stpath-engine: see the server's log and report it"
             return _refusal(reason, pb_utils.TritonError.INTERNAL)
         names = np.array([name.encode() for name in columns], dtype=object)
-        return pb_utils.InferenceResponse(
-            [pb_utils.Tensor("expression", expression), pb_utils.Tensor("columns", names)]
-        )
+        tensors = [pb_utils.Tensor(name, array) for name, array in {**found, "columns": names}.items()]
+        return pb_utils.InferenceResponse(tensors)
 
     def finalize(self) -> None:
         """Free what the engine holds; Triton calls this as it unloads the model."""
@@ -75,8 +79,11 @@ class TritonPythonModel:
         if self.encoder is not None:
             self.encoder.close()
 
-    def _predict(self, request: Any) -> tuple[npt.NDArray[np.float32], list[str]]:
-        """Expression [N, G] of a request, and the gene of each column: each once, in the order asked."""
+    def _predict(self, request: Any) -> tuple[dict[str, npt.NDArray[np.float32]], list[str]]:
+        """Expression [N, G] of a request, and the gene of each column: each once, in the order asked.
+
+        Of STFlow with it the standard deviation of the samples, [N, G]; of one sample there is none, [0, 0].
+        """
         names = _texts(request, "genes")
         if not names:
             raise GeneError(f"no gene is asked for; name some, or give {ALL_GENES!r} alone for all")
@@ -96,7 +103,11 @@ class TritonPythonModel:
             technology=_one_text(request, "technology"),
             name="request",
         )
-        return self.engine.decode(self.engine.embed(slide), panel.gene_ids), panel.names
+        if isinstance(self.engine, FlowEngine):
+            adata = self.engine.predict(slide, genes=panel.names, **_sampling(request))
+            std = adata.layers.get(DEVIATION, np.empty((0, 0), np.float32))
+            return {"expression": np.asarray(adata.X), "std": np.asarray(std)}, panel.names
+        return {"expression": self.engine.decode(self.engine.embed(slide), panel.gene_ids)}, panel.names
 
 
 def _check_size(spots: int, genes: int) -> None:
@@ -114,6 +125,12 @@ def _array(request: Any, name: str) -> npt.NDArray[Any]:
         raise SlideError(f"the input {name!r} is missing; give it with coords and genes")
     array: npt.NDArray[Any] = tensor.as_numpy()
     return array
+
+
+def _sampling(request: Any) -> dict[str, Any]:
+    """The optional inputs of one whole number each; those that are left out are left to the engine."""
+    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in ("steps", "seed", "samples")}
+    return {name: int(tensor.as_numpy().ravel()[0]) for name, tensor in tensors.items() if tensor is not None}
 
 
 def _texts(request: Any, name: str) -> list[str]:

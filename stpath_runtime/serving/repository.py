@@ -31,6 +31,7 @@ from ..encoding.sizes import BLOCK
 from ..engine import Engine
 from ..errors import DeviceError, OutputError
 from ..files import link_or_copy, require_writable, written_whole
+from ..flow_engine import FlowEngine
 from ..images.encoder import TileEncoder, noise, require_width
 from ..manifest import ENCODER_MANIFEST, MANIFEST, WEIGHTS
 from ..slides.slide import random_slide
@@ -83,14 +84,16 @@ def write_model_repository(
     tiles = TileEncoder.load(encoder) if encoder is not None else None
     if tiles is not None:
         require_width(tiles.name, tiles.width, loaded.manifest.model.n_features, str(engine))
-    fused = "fused_knn" if loaded.manifest.model.attention == "knn" else "fused"
+    graphs: tuple[str, ...] = ()  # STFlow has none of a whole slide
+    if not isinstance(loaded, FlowEngine):
+        graphs = ("fused_knn" if loaded.manifest.model.attention == "knn" else "fused", "tokens")
     with written_whole(out) as partial:
         _write_python_model(loaded, partial / "stpath", instances)
-        for graph in (fused, "tokens"):
+        for graph in graphs:
             _write_onnx_model(loaded.path / f"{graph}.onnx", partial / f"stpath_{graph}", instances)
         if tiles is not None:
             _write_python_model(loaded, partial / "stpath_tiles", instances, tiles)
-    return ["stpath", f"stpath_{fused}", "stpath_tokens", *(["stpath_tiles"] if tiles is not None else [])]
+    return ["stpath", *(f"stpath_{graph}" for graph in graphs), *(["stpath_tiles"] if tiles is not None else [])]
 
 
 def _write_python_model(engine: Engine, folder: Path, instances: str, encoder: TileEncoder | None = None) -> None:
@@ -120,6 +123,11 @@ def _write_python_model(engine: Engine, folder: Path, instances: str, encoder: T
         _tensor("output", "expression", "TYPE_FP32", [-1, -1]),
         _tensor("output", "columns", "TYPE_STRING", [-1]),
     ]
+    if isinstance(engine, FlowEngine):
+        tensors += [
+            _tensor("input", name, "TYPE_INT64", [1], " optional: true") for name in ("steps", "seed", "samples")
+        ]
+        tensors += [_tensor("output", "std", "TYPE_FP32", [-1, -1])]
     _write_config(
         folder,
         'backend: "python"',

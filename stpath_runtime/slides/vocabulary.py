@@ -6,6 +6,7 @@ import difflib
 import gzip
 import io
 import json
+import lzma
 import re
 import zlib
 from collections import Counter
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from ..errors import GeneError, InputError, SlideError, VocabularyError, warn
 
 PAD_TOKEN, MASK_TOKEN, FIRST_GENE_TOKEN = 0, 1, 2
-PUBLISHED_GENES = "stpath_genes.tsv.gz"
+PUBLISHED_GENES = "stpath_genes.tsv.xz"
 COLUMNS = ("token_id", "ensembl_id", "species", "symbol", "other_symbols")
 ENSEMBL_ID = re.compile(r"^ENS[A-Z]*G\d+$")
 ENSEMBL_VERSION = re.compile(r"^(ENS[A-Z]*G\d+)\.\d+$")
@@ -342,7 +343,7 @@ def _read_json_object(path: Path) -> object:
 @cache
 def _published() -> GeneVocabulary:
     raw = files("stpath_runtime").joinpath("data", PUBLISHED_GENES).read_bytes()
-    return GeneVocabulary._from_tsv(gzip.decompress(raw).decode())
+    return GeneVocabulary._from_tsv(lzma.decompress(raw).decode())
 
 
 def organ_token(name: str | None) -> int:

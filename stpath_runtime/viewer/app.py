@@ -26,7 +26,7 @@ from ..errors import GeneError, InputError, OptionError, PredictionError, code_o
 from .guard import Guard
 from .lazy import PredictionStore
 from .regions import spots_within
-from .shown import Shown
+from .shown import SPREAD, Shown
 from .statistics import Contrast, Spots
 from .tissue import TILE
 
@@ -89,7 +89,7 @@ class Viewer:
     def search(self, request: Request) -> Response:
         """Names of genes for a text."""
         limit = _whole_number(request, "limit", 20, MOST_FOUND)
-        return JSONResponse(self.shown.genes.search(request.query_params.get("search", ""), limit))
+        return JSONResponse(self.shown.search(request.query_params.get("search", ""), limit))
 
     def spots(self, _: Request) -> Response:
         """Coordinates, float32 [N, 2]."""
@@ -98,8 +98,7 @@ class Viewer:
     def gene(self, request: Request) -> Response:
         """Values of a gene, float32 [N]."""
         self.shown.require_unchanged()
-        gene = self.shown.genes.find(request.path_params["name"])
-        return _binary(self.shown.expression.gene(gene))
+        return _binary(self.shown.values(request.path_params["name"])[1])
 
     def zarr(self, request: Request) -> Response:
         """A file of the prediction as an AnnData in zarr, with all genes."""
@@ -193,9 +192,8 @@ class Viewer:
         self.shown.require_unchanged()
         names = [name for name in request.query_params.get("genes", "").split(",") if name]
         _require_few(names)
-        genes = [self.shown.genes.find(name) for name in names]
-        values = [self.shown.expression.gene(gene) for gene in genes]
-        rows = _csv(self.shown, [self.shown.genes.names[gene] for gene in genes], values, dict(self.named))
+        found = [self.shown.values(name) for name in names]
+        rows = _csv(self.shown, [name for name, _ in found], [values for _, values in found], dict(self.named))
         headers = {"Content-Disposition": 'attachment; filename="spots.csv"'}
         return StreamingResponse(rows, media_type="text/csv", headers=headers)
 
@@ -212,6 +210,7 @@ def describe(shown: Shown) -> dict[str, Any]:
         "genes": len(shown.genes),
         "name": shown.path.name,
         "decoded": shown.decoded,
+        "spread": SPREAD if shown.deviation is not None else None,
         "first": shown.genes.names[_first_gene(shown)],
         "units": str(shown.facts.get("units", "values of the file")),
         "spot": shown.spot,

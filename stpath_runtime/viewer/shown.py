@@ -19,6 +19,7 @@ from ..encoding.neighbors import usual_distance
 from ..engine import Engine, check_embedding, require_made_by
 from ..errors import GeneError, PredictionError
 from ..images.reading import open_image
+from ..results.output import DEVIATION
 from ..results.prediction import CONTEXT, EMBEDDING
 from ..results.reading import open_prediction
 from ..slides.vocabulary import FIRST_GENE_TOKEN, GeneVocabulary, nearest_names
@@ -26,6 +27,8 @@ from .head import Head
 from .statistics import Embedded
 from .stored import Columns
 from .tissue import OfPrediction, OfSlide, Tissue
+
+SPREAD = " (std)"  # ends the name of a gene whose standard deviation is shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,9 +93,31 @@ class Shown:
     context: npt.NDArray[np.bool_] | None  # [N], which spots' expression was measured
     tissue: Tissue | None  # below the spots
     microns_a_pixel: float | None  # of level 0
+    deviation: npt.NDArray[np.floating] | None = None  # [N, G], of the samples whose mean the expression is
 
     def __len__(self) -> int:
         return len(self.coords)
+
+    def values(self, name: str) -> tuple[str, npt.NDArray[np.float32]]:
+        """A gene's shown name and its values [N]; of "GENE (std)" the standard deviation of its samples.
+
+        Raises
+        ------
+        GeneError
+            If there is none of this name; the message gives the nearest.
+        """
+        if self.deviation is not None and name.endswith(SPREAD):
+            gene = self.genes.find(name.removesuffix(SPREAD))
+            return self.genes.names[gene] + SPREAD, np.asarray(self.deviation[:, gene], np.float32)
+        gene = self.genes.find(name)
+        return self.genes.names[gene], self.expression.gene(gene)
+
+    def search(self, text: str, limit: int) -> list[str]:
+        """What `Genes.search` finds and, of samples, the standard deviation of each."""
+        if self.deviation is None:
+            return self.genes.search(text, limit)
+        found = self.genes.search(text.casefold().removesuffix(SPREAD), limit)
+        return [each for name in found for each in (name, name + SPREAD)][:limit]
 
     @cached_property
     def spot(self) -> dict[str, Any]:
@@ -149,7 +174,10 @@ def open_shown(path: Path, engine: Engine | None = None, image: Path | None = No
         If the file is missing, damaged or no prediction, another engine predicted it, a coordinate is not finite, or it
         has neither embeddings for the engine nor genes, or its spots are beyond the image.
     """
-    with open_prediction(path, mapped=[EMBEDDING], pictures=image is None) as (frame, x), ExitStack() as opened:
+    with (
+        open_prediction(path, mapped=[EMBEDDING], pictures=image is None, deviations=True) as (frame, x),
+        ExitStack() as opened,
+    ):
         coords = np.asarray(frame.obsm["spatial"])
         if coords.ndim != 2 or coords.shape[1] != 2 or not np.isfinite(coords.astype(np.float64)).all():
             bad = int((~np.isfinite(coords.astype(np.float64)).all(axis=1)).argmax()) if coords.ndim == 2 else 0
@@ -176,7 +204,8 @@ def open_shown(path: Path, engine: Engine | None = None, image: Path | None = No
             _require_within(places, tissue.size, path, image)
         else:
             tissue, microns = kept_picture(frame.uns.get("spatial")), _microns(facts.get("patch", {}))
-        shown = Shown(path, places, spots, genes, expression, facts, context, tissue, microns)
+        deviation = frame.layers.get(DEVIATION)
+        shown = Shown(path, places, spots, genes, expression, facts, context, tissue, microns, deviation)
         assert shown._opened  # looked at now
         yield shown
 

@@ -12,7 +12,7 @@ import pytest
 import stpath_export
 import stpath_runtime
 import stpath_train
-from helpers import CROP, write_slide
+from helpers import CROP, load_flow_golden, write_slide
 from stpath_runtime.results.output import write_h5ad
 
 pytestmark = pytest.mark.docs
@@ -35,7 +35,7 @@ def modules() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def names(tiny, tiny_engine, tiny_encoder, tmp_path_factory):
+def names(tiny, tiny_engine, tiny_encoder, flow_engine, tmp_path_factory):
     """What an example may name without making it: an engine, a slide and their files, and NumPy."""
     _, slide, _ = tiny.slides()[0]
     slide = stpath_runtime.Slide(slide.coords, slide.features, slide.barcodes, name="slide")
@@ -48,6 +48,8 @@ def names(tiny, tiny_engine, tiny_encoder, tmp_path_factory):
         "embedded_path": "embedded.h5ad",
         "engine_path": tiny_engine,
         "encoder_path": tiny_encoder,
+        "flow_path": flow_engine,
+        "flow_slide": load_flow_golden("n9").slide,
         "image_path": CROP,
         "slide": slide,
         "slide_path": "s.h5",

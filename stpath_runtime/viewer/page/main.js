@@ -404,6 +404,7 @@ async function begin() {
     by("context").hidden = false;
     by("warning").textContent += ` ${info.context.length.toLocaleString("en")} spots were measured: their counts were given to the model as context.`;
   }
+  if (info.spread) by("warning").textContent += ` They are means of ${info.provenance.samples} samples;${info.spread} behind a gene's name shows their standard deviation.`;
   measuredSpots = new Set(info.context);
   coords = await source.spots();
   map = new SpotMap(by("spots"), coords, info);
@@ -420,7 +421,7 @@ async function begin() {
   fit();
   if (Array.isArray(before.view)) [state.view.x, state.view.y, state.view.zoom] = before.view;
   const hand = state.hand;
-  await showGenes(before.genes?.length ? before.genes : [info.first]);
+  await showGenes(before.genes?.length ? before.genes : info.spread ? [info.first, info.first + info.spread] : [info.first]);
   if (hand) { state.hand = state.ranges[0] = hand; showRange(); draw(); }
   await lists.restore(before.regions ?? [], before.chosen ?? -1);
   document.documentElement.dataset.ready = "yes";

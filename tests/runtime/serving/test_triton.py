@@ -214,8 +214,17 @@ def server_log() -> list[str]:
 
 
 @pytest.fixture
-def served(repository, server_log, monkeypatch):
-    """The repository's model.py, loaded as Triton does, from the file of which it is a copy: coverage follows that."""
+def start(server_log, monkeypatch):
+    """Loads a repository's model.py as Triton does, from the file of which it is a copy: coverage follows that."""
+    return lambda repository: _start(repository, server_log, monkeypatch)
+
+
+@pytest.fixture
+def served(repository, start):
+    return start(repository)
+
+
+def _start(repository, server_log, monkeypatch):
     packaged = Path(triton.__file__).with_name("model.py")
     assert (repository / "stpath" / "1" / "model.py").read_bytes() == packaged.read_bytes()
     stand_in = ModuleType("triton_python_backend_utils")
@@ -255,6 +264,26 @@ def test_served_model_gives_the_engines_numbers(engine, served, slide):
     assert first.tensors[1].array.tolist() == [b"GENE7", b"ALIAS3"]
     np.testing.assert_array_equal(second.tensors[0].array, engine.predict(plain).X)
     assert second.tensors[0].array.dtype == np.float32
+
+
+def test_stflow_is_served_with_its_samples(start, flow_engine, tmp_path):
+    write_model_repository(flow_engine, tmp_path / "models")
+    model, engine = start(tmp_path / "models"), Engine.load(flow_engine)
+    rng = np.random.default_rng(0)
+    slide = Slide(rng.random((40, 2)) * 900, rng.standard_normal((40, 24), np.float32))
+    asked = {name: np.array([number]) for name, number in (("steps", 3), ("seed", 4), ("samples", 2))}
+    many, one, wrong = model.execute([
+        a_request(slide, genes=texts("GENE7", "GENE3"), **asked),
+        a_request(slide, genes=texts("all")),
+        a_request(slide, steps=np.array([1])),
+    ])  # fmt: skip
+    wanted = engine.predict(slide, genes=["GENE7", "GENE3"], steps=3, seed=4, samples=2)
+    assert [tensor.name for tensor in many.tensors] == ["expression", "std", "columns"]
+    np.testing.assert_array_equal(many.tensors[0].array, wanted.X)
+    np.testing.assert_array_equal(many.tensors[1].array, wanted.layers["std"])
+    np.testing.assert_array_equal(one.tensors[0].array, engine.predict(slide).X)
+    assert one.tensors[1].array.shape == (0, 0)
+    assert "steps must be a whole number from 2, not 1" in wrong.error.message
 
 
 def test_tiles_are_served_as_their_features_are(tiny_engine, tiny_encoder, served, tmp_path):
