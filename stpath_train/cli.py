@@ -149,13 +149,20 @@ def evaluate(
     folds: Annotated[
         int | None, typer.Option(metavar="N", help="Classification: folds of the cross-validation; left out: 5.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of bootstraps, clusters, folds and training.")] = 0,
+    fold: Annotated[
+        int | None, typer.Option(metavar="N", help="Expression: this fold of --benchmark alone, from 0.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Expression, by STFlow; from 2 on its calibration, too."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of bootstraps, clusters, folds, training and samples.")] = 0,
 ) -> None:
     """Evaluate a model on slides with measured expression, by the published protocols."""
     require(EVALUATE, "train")
     from .evaluation.run import Choices, run
 
-    choices = Choices(benchmark, genes, slides, train_slides, baselines, regions, positive, folds)
+    choices = Choices(benchmark, genes, slides, train_slides, baselines, regions, positive, folds, fold, samples)
     run(task, engine, checkpoint, store, out, choices, seed)
 
 

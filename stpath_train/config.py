@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stpath_runtime.errors import ConfigError
 from stpath_runtime.slides.vocabulary import nearest_names
@@ -112,8 +112,80 @@ class TrainConfig(Section):
         return self
 
 
-def read_config(path: str | Path) -> TrainConfig:
-    """Read a YAML config; paths in it are relative to its folder.
+class FlowData(Section):
+    """Which slides and genes STFlow is trained on."""
+
+    store: Path = Field(description="the training store (stpath data prepare)")
+    slides: list[str] | None = Field(None, description="slides to use; null: all of the store, or the fold's")
+    validation: list[str] = Field(min_length=1, description="slides, out of those, by which the epoch is chosen")
+    genes: Path | list[str] | None = Field(None, description="names, or a JSON file of them; null: the benchmark's")
+    benchmark: str | None = Field(None, description="a task of the store, such as HEST-bench's, for genes and slides")
+    fold: int = Field(0, ge=0, description="with a benchmark: whose training slides; its test slides are never seen")
+    counts: Literal["raw", "log1p"] = Field("raw", description="log1p lets in slides whose counts are transformed")
+    windows_per_slide: int = Field(1, ge=1, description="windows drawn from each slide in an epoch")
+    workers: int = Field(2, ge=0, description="processes that load windows")
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if (self.genes is None) == (self.benchmark is None):
+            raise ValueError("genes: give genes, or a benchmark that names them")
+        if self.slides is not None and self.benchmark is not None:
+            raise ValueError("slides: a benchmark names them; leave them out")
+        return self
+
+
+class FlowModel(Section):
+    """STFlow, and how it is sampled; defaults as published."""
+
+    kind: Literal["stflow"] = Field("stflow", description="the model")
+    d_model: int = Field(128, ge=1, description="width")
+    d_edge: int = Field(128, ge=1, description="width of edges")
+    n_layers: int = Field(4, ge=1, description="layers")
+    n_heads: int = Field(4, ge=1, description="attention heads")
+    neighbors: int = Field(8, ge=1, description="nearest spots, without the spot itself")
+    activation: Literal["swiglu", "gelu", "silu", "relu"] = Field("swiglu", description="of the units")
+    steps: int = Field(5, ge=2, description="points of the time grid")
+    start: Literal["zinb", "gaussian", "zero", "uniform"] = Field("zinb", description="what samples begin with")
+    dropout: float = Field(0.2, ge=0, lt=1, description="in training")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.d_model % (2 * self.n_heads) or self.d_edge % (2 * self.n_heads):
+            raise ValueError(f"d_model: {self.d_model}, or d_edge, {self.d_edge}, does not divide by twice the heads")
+        return self
+
+
+class FlowOptimizer(Optimizer):
+    """Adam, as published for STFlow."""
+
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate grows from 0")
+
+
+class FlowTrainConfig(Section):
+    """A training run of STFlow: `model: stflow`, or a section of `kind: stflow`."""
+
+    data: FlowData
+    model: FlowModel
+    optimizer: FlowOptimizer = FlowOptimizer()
+    run: Run
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _by_name(cls, model: Any) -> Any:
+        return {"kind": model} if isinstance(model, str) else model
+
+
+AnyConfig = TrainConfig | FlowTrainConfig
+
+
+def _class_of(raw: Any) -> type[TrainConfig] | type[FlowTrainConfig]:
+    model = raw.get("model") if isinstance(raw, dict) else None
+    named = model == "stflow" or (isinstance(model, dict) and model.get("kind") == "stflow")
+    return FlowTrainConfig if named else TrainConfig
+
+
+def read_config(path: str | Path) -> AnyConfig:
+    """Read a YAML config of either model; paths in it are relative to its folder.
 
     Raises
     ------
@@ -127,20 +199,23 @@ def read_config(path: str | Path) -> TrainConfig:
         raw = yaml.load(path.read_text(encoding="utf-8-sig"), _OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    chosen = _class_of(raw)
     try:
-        config = TrainConfig.model_validate(raw)
+        config = chosen.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_tell(fault) for fault in error.errors())}") from None
+        raise ConfigError(f"{path}: {'; '.join(_tell(fault, chosen) for fault in error.errors())}") from None
     return _anchored(config, path.absolute().parent)
 
 
-def as_yaml(config: TrainConfig) -> str:
+def as_yaml(config: AnyConfig) -> str:
     """A config as YAML, every field of it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+def differences(old: AnyConfig, new: AnyConfig) -> list[str]:
     """The fields that differ, beside those that may change when a run goes on: 'run.seed 0, now 1'."""
+    if type(old) is not type(new):
+        return ["model, of another kind"]
     before, after = (_flat(config.model_dump(mode="json")) for config in (old, new))
     changed = [name for name in after if after[name] != before[name] and name not in CHANGEABLE]
     return [f"{name} {before[name]}, now {after[name]}" for name in changed]
@@ -160,21 +235,26 @@ def example() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _anchored(config: TrainConfig, folder: Path) -> TrainConfig:
-    model, run = config.model, config.run
-    if model.checkpoint is not None:
-        model = model.model_copy(update={"checkpoint": folder / model.checkpoint})
-    data = config.data.model_copy(update={"store": folder / config.data.store})
+def _anchored(config: AnyConfig, folder: Path) -> AnyConfig:
+    data: dict[str, Any] = {"store": folder / config.data.store}
+    model: dict[str, Any] = {}
+    if isinstance(config, FlowTrainConfig):
+        if isinstance(config.data.genes, Path):
+            data["genes"] = folder / config.data.genes
+    elif config.model.checkpoint is not None:
+        model["checkpoint"] = folder / config.model.checkpoint
+    sections = {"data": data, "model": model, "run": {"out": folder / config.run.out}}
     return config.model_copy(
-        update={"data": data, "model": model, "run": run.model_copy(update={"out": folder / run.out})}
+        update={name: getattr(config, name).model_copy(update=changed) for name, changed in sections.items()}
     )
 
 
-def _tell(fault: Any) -> str:
+def _tell(fault: Any, config: type[AnyConfig]) -> str:
     """One fault of pydantic's, as 'run.epochs: -1, should be greater than or equal to 1'."""
     name = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
-        near = nearest_names(name, [*TrainConfig.model_fields, *_fields()] if "." in name else TrainConfig.model_fields)
+        sections = config.model_fields
+        near = nearest_names(name, [*sections, *_fields(config)] if "." in name else sections)
         return f"{name}: {fault['input']!r}: no such field{near}"
     if fault["type"] == "missing":
         return f"{name}: is missing, and has no default"
@@ -185,8 +265,8 @@ def _tell(fault: Any) -> str:
     return f"{name}: {fault['input']!r} {fault['msg'].removeprefix('Input ')}"
 
 
-def _fields() -> list[str]:
-    sections = TrainConfig.model_fields.items()
+def _fields(config: type[AnyConfig]) -> list[str]:
+    sections = config.model_fields.items()
     return [f"{name}.{field}" for name, section in sections for field in section.annotation.model_fields]  # type: ignore[union-attr]
 
 

@@ -39,9 +39,11 @@ run: {out: tune, epochs: 15, accelerator: cpu, seed: 1}
 }
 
 
-def simulate_cohort(world: World) -> Iterator[tuple[str, npt.NDArray[np.int64], Features, npt.NDArray[np.int64]]]:
+def simulate_cohort(
+    world: World, slides: int | None = None
+) -> Iterator[tuple[str, npt.NDArray[np.int64], Features, npt.NDArray[np.int64]]]:
     """Name, coordinates [N, 2], features [N, F] and counts [N, G] of each slide; the last are for validation."""
-    for i in range(SLIDES):
+    for i in range(slides or SLIDES):
         rng = np.random.default_rng([SEED, i])
         coords, fractions = simulate_tissue(rng)
         yield f"simulated_{i:02}", coords, *simulate_slide(world, coords, fractions, rng)
@@ -54,18 +56,18 @@ def held_out_slide(world: World) -> tuple[Slide, npt.NDArray[np.int64]]:
     return Slide(sample.coords, features, sample.barcodes, "Breast", "Visium", "held-out slide"), counts
 
 
-def make_store(path: Path) -> Store:
-    """Write the simulated cohort as a training store."""
+def make_store(path: Path, slides: int | None = None) -> Store:
+    """Write the simulated cohort, or so many slides of it, as a training store."""
     world = World.create(SEED)
     store = Store.create(path, world.vocabulary)
     with progress_bar("simulate a cohort") as on_slide:
-        for name, coords, features, counts in simulate_cohort(world):
+        for name, coords, features, counts in simulate_cohort(world, slides):
             adata = measured(counts, world.vocabulary.symbols, world.vocabulary, name)
             adata.obsm["spatial"], adata.obsm["features"] = coords, features
             adata.var["highly_variable"] = highly_variable(adata, 200, adata.X.log1p())
             store.add(Record(name, "Breast", "Visium", "Homo sapiens", source=NOTE), adata)
             if on_slide:
-                on_slide(len(store.records), SLIDES)
+                on_slide(len(store.records), slides or SLIDES)
     return store
 
 

@@ -1,5 +1,7 @@
 """Training with Lightning: masked gene modelling of a store's slides, from a config to a checkpoint.
 
+STFlow's objective is in `flow_training`; what a run is, and how it goes on, is here for both.
+
 A run is a folder:
 
     RUN/
@@ -19,19 +21,19 @@ import math
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from stpath_runtime.errors import ConfigError, DeviceError, InputError, InstallError, MemoryLimitError, OutputError
 from stpath_runtime.files import written_whole
@@ -39,7 +41,7 @@ from stpath_runtime.manifest import ModelConfig
 from stpath_runtime.slides.vocabulary import ORGANS, TECHNOLOGIES
 
 from .checkpoint import genes_hash, load_checkpoint, require_genes, save_checkpoint
-from .config import TrainConfig, as_yaml, differences, read_config
+from .config import AnyConfig, FlowTrainConfig, Optimizer, TrainConfig, as_yaml, differences, read_config
 from .model import STPath
 from .store import Store, open_slide
 from .windows import Batch, DrawSampler, Windows, collate, require_windows
@@ -75,27 +77,28 @@ def masked_loss(model: STPath, batch: Batch) -> Tensor:
     return torch.stack(losses).mean()
 
 
-class MaskedGeneModelling(L.LightningModule):
-    """The published objective: MSE of log1p of counts on masked spots, Adam, gradients clipped, a linear warm-up."""
+class Objective(L.LightningModule):
+    """A loss of a model, minimised by Adam, gradients clipped, a linear warm-up."""
 
-    def __init__(self, model: STPath, learning_rate: float, warmup_steps: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         super().__init__()
         self.model = model.requires_grad_(True).train()
-        self.learning_rate, self.warmup_steps = learning_rate, warmup_steps
-        # A token's column of gene_embed [d, V] is gathered at each step: stored as a row, it is one run of memory.
-        weight = model.input_encoder.gene_embed.weight
-        weight.data = weight.data.T.contiguous().T
+        self.learning_rate, self.warmup_steps = optimizer.learning_rate, optimizer.warmup_steps
 
-    def training_step(self, batch: Batch, index: int) -> Tensor:
+    def loss(self, batch: Any) -> tuple[Tensor, int]:
+        """Loss of a batch, and how many windows it is of."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
         """Loss of one batch."""
-        loss = masked_loss(self.model, batch)
-        self.log("loss", loss, on_epoch=True, on_step=False, batch_size=len(batch.sizes), sync_dist=True, prog_bar=True)
+        loss, size = self.loss(batch)
+        self.log("loss", loss, on_epoch=True, on_step=False, batch_size=size, sync_dist=True, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, index: int) -> None:
+    def validation_step(self, batch: Any, index: int) -> None:
         """Log the loss of one batch."""
-        loss = masked_loss(self.model, batch)
-        self.log("validation_loss", loss, batch_size=len(batch.sizes), sync_dist=True, prog_bar=True)
+        loss, size = self.loss(batch)
+        self.log("validation_loss", loss, batch_size=size, sync_dist=True, prog_bar=True)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -112,13 +115,44 @@ class MaskedGeneModelling(L.LightningModule):
         return {"optimizer": adam, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
 
-class Slides(L.LightningDataModule):
-    """Windows of the training and validation slides."""
+class MaskedGeneModelling(Objective):
+    """STPath's published objective: MSE of log1p of counts on masked spots."""
 
-    def __init__(self, store: Store, config: TrainConfig) -> None:
+    model: STPath
+
+    def __init__(self, model: STPath, optimizer: Optimizer) -> None:
+        super().__init__(model, optimizer)
+        # A token's column of gene_embed [d, V] is gathered at each step: stored as a row, it is one run of memory.
+        weight = model.input_encoder.gene_embed.weight
+        weight.data = weight.data.T.contiguous().T
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """Loss of a batch, and how many windows it is of."""
+        return masked_loss(self.model, batch), len(batch.sizes)
+
+
+class Slides(L.LightningDataModule):
+    """Windows of the training and validation slides.
+
+    Parameters
+    ----------
+    chosen
+        Slides, those for validation among them.
+    windows
+        Makes the data set of some slides, whose draws a seed decides.
+    collate_fn
+        Makes a batch of windows.
+    """
+
+    def __init__(
+        self,
+        config: AnyConfig,
+        chosen: list[str],
+        windows: Callable[[list[str], list[int]], Dataset[Any]],
+        collate_fn: Callable[[Any], Any],
+    ) -> None:
         super().__init__()
-        self.store, self.config = store, config
-        chosen = config.data.slides if config.data.slides is not None else sorted(store.records)
+        self.config, self.windows, self.collate_fn = config, windows, collate_fn
         self.training = [slide for slide in chosen if slide not in config.data.validation]
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -131,7 +165,7 @@ class Slides(L.LightningDataModule):
 
     def _loader(self, slides: list[str], stream: int, *, shuffle: bool) -> DataLoader[Any]:
         config, run = self.config, self.config.run
-        windows = Windows(self.store, slides, config.data, config.masking, [run.seed, stream])
+        windows = self.windows(slides, [run.seed, stream])
         trainer = self.trainer
         assert trainer is not None
         sampler = DrawSampler(windows, trainer.world_size, trainer.global_rank, shuffle=shuffle, seed=run.seed)
@@ -144,7 +178,7 @@ class Slides(L.LightningDataModule):
             run.batch,
             sampler=sampler,
             num_workers=config.data.workers,
-            collate_fn=partial(collate, neighbors=config.model.neighbors),
+            collate_fn=self.collate_fn,
             persistent_workers=config.data.workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
@@ -203,7 +237,7 @@ class Stopping(EarlyStopping):
         trainer.should_stop = self.wait_count >= self.patience
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: AnyConfig) -> Path:
     """Train, or continue the run of the same config in `config.run.out`; returns the model's file.
 
     Raises
@@ -212,16 +246,43 @@ def train(config: TrainConfig) -> Path:
         If the store, a slide or the checkpoint does not fit the config, the run's folder holds another run, the device
         is not there, memory is short, or the loss is no number.
     """
-    run = config.run
+    if isinstance(config, FlowTrainConfig):
+        from .flow_training import train_flow
+
+        return train_flow(config)
     store = Store.open(config.data.store)
-    _check_slides(store, config)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
-    L.seed_everything(run.seed, verbose=False)
-    model = _model(store, config)
-    slides = Slides(store, config)
+    chosen = config.data.slides if config.data.slides is not None else sorted(store.records)
+    check_slides(store, config, chosen)
+    for slide in chosen:
+        require_windows(open_slide(store, slide), config.masking)
+
+    def windows(slides: list[str], seed: list[int]) -> Windows:
+        return Windows(store, slides, config.data, config.masking, seed)
+
+    slides = Slides(config, chosen, windows, partial(collate, neighbors=config.model.neighbors))
+    prepare_lightning(config.run.seed)
+    module = fit(config, store, MaskedGeneModelling(_model(store, config), config.optimizer), slides, chosen)
+    if module is not None:
+        save_checkpoint(module.model, config.run.out / MODEL, store.vocabulary)
+        print(f"{config.run.out / MODEL}: trained; stpath export takes it", flush=True)  # noqa: T201
+    return config.run.out / MODEL
+
+
+def prepare_lightning(seed: int) -> None:
+    """Seed what draws random numbers, and let Lightning keep its tips and device lists to itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    L.seed_everything(seed, verbose=False)
+
+
+Trained = TypeVar("Trained", bound=Objective)
+
+
+def fit(config: AnyConfig, store: Store, module: Trained, slides: Slides, chosen: list[str]) -> Trained | None:
+    """Train, or continue a run; returns the best epoch's module, or the last's, in the process that is to save it."""
+    run = config.run
     trainer = _trainer(config)
     if trainer.is_global_zero:
-        _start_or_resume(config, store)
+        _start_or_resume(config, store, chosen)
         print(as_yaml(config), flush=True)  # noqa: T201
     last = _last_checkpoint(run.out)
     if last is not None and trainer.is_global_zero:
@@ -229,20 +290,16 @@ def train(config: TrainConfig) -> Path:
         for path in last.parent.glob("last-epoch=*.ckpt"):
             if path != last:  # those that a kill left, of which the run would not know
                 path.unlink()
-    module = MaskedGeneModelling(model, config.optimizer.learning_rate, config.optimizer.warmup_steps)
     with warnings.catch_warnings():
         for known in ("does not have many workers", "Total length of", "exists and is not empty", "LeafSpec"):
             warnings.filterwarnings("ignore", f".*{known}.*")
         with _clear_errors(trainer):
             trainer.fit(module, slides, ckpt_path=last, weights_only=True)
-    if trainer.is_global_zero:
-        best = _best(trainer)
-        if best:
-            state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            module.load_state_dict(state)
-        save_checkpoint(module.model, run.out / MODEL, store.vocabulary)
-        print(f"{run.out / MODEL}: trained; stpath export takes it", flush=True)  # noqa: T201
-    return run.out / MODEL
+    if not trainer.is_global_zero:
+        return None
+    if best := _best(trainer):
+        module.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+    return module
 
 
 @contextmanager
@@ -297,10 +354,16 @@ def _plot(table: pd.DataFrame, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150)
 
 
-def _check_slides(store: Store, config: TrainConfig) -> None:
+def check_slides(store: Store, config: AnyConfig, chosen: Sequence[str]) -> None:
+    """Check that slides are in the store, those for validation among them, and no patient on both sides.
+
+    Raises
+    ------
+    InputError
+        If it is not so.
+    """
     data = config.data
-    store.require_slides([*(data.slides or []), *data.validation])
-    chosen = data.slides if data.slides is not None else sorted(store.records)
+    store.require_slides([*chosen, *data.validation])
     if outside := [slide for slide in data.validation if slide not in chosen]:
         raise ConfigError(f"data.validation: {outside[0]!r} is not among data.slides; add it there")
     training = [slide for slide in chosen if slide not in data.validation]
@@ -313,7 +376,6 @@ def _check_slides(store: Store, config: TrainConfig) -> None:
     for slide in chosen:
         if store.records[slide].counts == "log1p" and data.counts == "raw":
             raise ConfigError(f"slide {slide}: its counts are log-transformed already; set data.counts to log1p")
-        require_windows(open_slide(store, slide), config.masking)
 
 
 def _model(store: Store, config: TrainConfig) -> STPath:
@@ -352,7 +414,7 @@ def _model(store: Store, config: TrainConfig) -> STPath:
     return model
 
 
-def _trainer(config: TrainConfig) -> L.Trainer:
+def _trainer(config: AnyConfig) -> L.Trainer:
     from rich.console import Console
 
     run = config.run
@@ -390,7 +452,7 @@ def _trainer(config: TrainConfig) -> L.Trainer:
     )
 
 
-def _require_gpus(config: TrainConfig) -> None:
+def _require_gpus(config: AnyConfig) -> None:
     run, gpus = config.run, torch.cuda.device_count()
     if run.accelerator == "gpu" and gpus == 0:
         raise DeviceError("run.accelerator: gpu, but PyTorch finds no GPU; set it to cpu, or install a build for CUDA")
@@ -398,7 +460,7 @@ def _require_gpus(config: TrainConfig) -> None:
         raise DeviceError(f"run.devices: {run.devices}, but PyTorch finds {gpus} GPUs; set it to {gpus} or fewer")
 
 
-def _logger(config: TrainConfig) -> Any:
+def _logger(config: AnyConfig) -> Any:
     run = config.run
     if run.logger == "none":
         return False
@@ -419,10 +481,9 @@ def _logger(config: TrainConfig) -> Any:
     return WandbLogger(name=run.out.name, save_dir=run.out, config=config.model_dump(mode="json"))
 
 
-def _start_or_resume(config: TrainConfig, store: Store) -> None:
+def _start_or_resume(config: AnyConfig, store: Store, chosen: list[str]) -> None:
     """Write the config and a record of the store's contents into the run's folder, or check that they are the same."""
     out = config.run.out
-    chosen = config.data.slides if config.data.slides is not None else sorted(store.records)
     held = {"slides": chosen, "features": store.n_features, "genes": genes_hash(store.vocabulary)}
     if (out / CONFIG).exists():
         if changed := differences(read_config(out / CONFIG), config):

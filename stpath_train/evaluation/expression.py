@@ -16,7 +16,7 @@ from stpath_train.store import Store, Task
 
 from . import metrics, plots
 from .baselines import fit_baselines
-from .predictor import Predictor
+from .predictor import FlowPredictor, Predictor
 from .results import Evaluation, Row
 from .slides import measured_expression, read_each, require_genes, require_slides
 
@@ -25,9 +25,13 @@ PROTOCOLS = {
     "interval from 100 bootstraps over the spots",
     "folds": "HEST-bench: Pearson of each gene over the test spots of a fold, mean over the genes; mean and standard "
     "deviation over the folds",
-    "undefined": "Pearson of a gene with constant truth or prediction is undefined; such genes are left out of a mean "
-    "and counted (undefined_genes), where the published evaluations let them make the mean undefined",
+    "undefined": "Pearson of a gene with constant truth or prediction is undefined; such genes are left out of a mean, "
+    "counted (undefined_genes) and named, where the published evaluations let them make the mean undefined",
+    "calibration": "STFlow: pairs of spot and gene in ten parts by the standard deviation of their samples; of each "
+    "the root mean square of that and of the error",
 }
+BINS = 10
+NAMED = 50  # genes; all are in results.csv
 MODEL = "model"
 Spots = dict[str, npt.NDArray[np.float32]]  # slide -> [spots, G]
 
@@ -47,9 +51,13 @@ def evaluate_expression(
     require_genes(store, slides, task.genes)
     truth: Spots = {}
     predicted: dict[str, Spots] = {MODEL: {}}
+    spread: Spots = {}
     for name, adata, slide in read_each(store, slides, on_slide):
         truth[name] = measured_expression(store, adata, name, task.genes)
-        predicted[MODEL][name] = predictor.decode(predictor.embed(slide), task.genes)
+        embedding = predictor.embed(slide)
+        predicted[MODEL][name] = predictor.decode(embedding, task.genes)
+        if isinstance(predictor, FlowPredictor) and (std := predictor.deviation(embedding, task.genes)) is not None:
+            spread[name] = std
     figures, rows = _score_pooled(task.genes, slides, truth, predicted[MODEL], seed)
     for fold in task.folds:
         fitted = fit_baselines(store, fold["train"], task.genes, seed) if baselines else {}
@@ -61,9 +69,34 @@ def evaluate_expression(
             rows += _score_fold(task, fold, name, truth, found)
     figures += _over_folds(rows, list(predicted))
     title = f"expression of {plots.counted(len(task.genes), 'gene')}, {plots.counted(len(slides), 'slide')}"
-    return Evaluation(
-        "expression", PROTOCOLS, figures, rows, {"pearson.png": plots.expression_figure(rows, figures, title)}
+    pictures = {"pearson.png": plots.expression_figure(rows, figures, title)}
+    if spread:
+        of_bins, figure = calibration(slides, truth, predicted[MODEL], spread)
+        figures.append(figure)
+        rows += of_bins
+        pictures["calibration.png"] = plots.calibration_figure(of_bins, figure, title)
+    return Evaluation("expression", PROTOCOLS, figures, rows, pictures)
+
+
+def calibration(slides: Sequence[str], truth: Spots, predicted: Spots, spread: Spots) -> tuple[list[Row], Row]:
+    """Whether errors are larger where samples spread more: pairs of spot and gene in ten parts, by their spread.
+
+    Returns
+    -------
+    A row a part, with the root mean square of spread and error; and Spearman's r of spread and size of error.
+    """
+    error, deviation = (
+        np.concatenate([np.ravel(part) for part in parts])
+        for parts in ([truth[s] - predicted[s] for s in slides], [spread[s] for s in slides])
     )
+    rows: list[Row] = []
+    about = {"protocol": "calibration", "predictor": MODEL}
+    for i, part in enumerate(np.array_split(np.argsort(deviation, kind="stable"), BINS)):
+        if len(part):
+            rms = (float(np.sqrt(np.mean(np.square(values[part], dtype=np.float64)))) for values in (deviation, error))
+            rows.append({**about, "bin": i, **dict(zip(("spread", "error"), rms, strict=True)), "pairs": len(part)})
+    r = metrics.spearman(np.abs(error), deviation)
+    return rows, {**about, "metric": "Spearman, spread and size of error", "value": r, "pairs": len(error)}
 
 
 def test_slides(task: Task) -> list[str]:
@@ -93,6 +126,7 @@ def _score_pooled(
 ) -> tuple[list[Row], list[Row]]:
     a, b = (np.concatenate([spots[slide] for slide in slides]) for spots in (truth, predicted))  # [N, G] each
     figure, by_gene = pooled_pearson(a, b, seed)
+    figure |= _named([gene for gene, row in zip(genes, by_gene, strict=True) if np.isnan(row["pearson"])])
     about = {"protocol": "pooled", "predictor": MODEL}
     errors = metrics.squared_error_by_gene(a, b)
     rows = [
@@ -109,6 +143,12 @@ def _score_fold(task: Task, fold: dict[str, list[str]], predictor: str, truth: S
     return [{**about, "gene": gene, "pearson": r, "squared_error": e, "spots": len(a)} for gene, r, e in scores]
 
 
+def _named(genes: list[str]) -> Row:
+    """The genes whose r is undefined, where there are some."""
+    more = f" and {len(genes) - NAMED} more" if len(genes) > NAMED else ""
+    return {"undefined": ", ".join(genes[:NAMED]) + more} if genes else {}
+
+
 def _over_folds(rows: list[Row], predictors: Sequence[str]) -> list[Row]:
     """Mean over the genes of each fold, then mean and standard deviation over the folds."""
     import pandas as pd
@@ -122,5 +162,6 @@ def _over_folds(rows: list[Row], predictors: Sequence[str]) -> list[Row]:
             mean, std = metrics.mean_and_std(by_fold)
             undefined = int(of[column].isna().sum())
             about = {"protocol": "folds", "predictor": predictor, "metric": metric, "value": mean, "std": std}
-            figures.append({**about, "undefined_genes": undefined, "folds": len(by_fold)})
+            named = _named(list(dict.fromkeys(of["gene"][of[column].isna()])))
+            figures.append({**about, "undefined_genes": undefined, **named, "folds": len(by_fold)})
     return figures

@@ -60,6 +60,19 @@ def expression_figure(rows: Sequence[Row], figures: Sequence[Row], title: str) -
     return figure
 
 
+def calibration_figure(rows: Sequence[Row], figure: Row, title: str) -> Figure:
+    """Error by spread of the samples, in parts of equally many pairs of spot and gene."""
+    drawn, (axes,) = _figure(title, (5.4, 4.6), 1)
+    spread, error = (np.array([row[name] for row in rows]) for name in ("spread", "error"))
+    axes.plot(spread, error, "o-", color="tab:blue", label="a tenth of the pairs of spot and gene")
+    axes.set(xlabel="standard deviation of the samples (rms)", ylabel="error (rms), log1p of counts")
+    axes.set(xlim=(0, 1.08 * spread.max() or None), ylim=(0, 1.08 * error.max() or None))
+    times = np.sqrt(np.mean(error**2)) / max(np.sqrt(np.mean(spread**2)), 1e-300)
+    axes.set_title(f"Spearman {figure['value']:.2f}; errors are {times:.1f} times the spread", fontsize=10)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return drawn
+
+
 def imputation_figure(figures: Sequence[Row], title: str) -> Figure:
     """Mean Pearson against the share of masked spots, with and without context."""
     figure, (axes,) = _figure(title, (6, 4.4), 1)

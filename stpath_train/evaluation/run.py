@@ -46,11 +46,13 @@ class Choices:
     regions: str | None = None
     positive: str | None = None
     folds: int | None = None
+    fold: int | None = None
+    samples: int | None = None
 
 
 # What each task takes of the choices.
 TAKES = {
-    TaskName.EXPRESSION: {"benchmark", "genes", "slides", "train_slides", "baselines"},
+    TaskName.EXPRESSION: {"benchmark", "fold", "genes", "slides", "train_slides", "baselines", "samples"},
     TaskName.IMPUTATION: {"benchmark", "genes", "slides"},
     TaskName.CLUSTERING: {"genes", "slides", "regions"},
     TaskName.BIOMARKERS: {"genes", "slides", "regions", "positive"},
@@ -81,7 +83,7 @@ def run(
     genes = list(dict.fromkeys(listed_names(choices.genes, "--genes", "gene"))) if choices.genes is not None else None
     benchmark = benchmark_task(store, choices, genes) if name in (TaskName.EXPRESSION, TaskName.IMPUTATION) else None
     slides = slides_of(store, name, choices, benchmark)
-    predictor, model = open_predictor(engine, checkpoint, store)
+    predictor, model = open_predictor(engine, checkpoint, store, choices.samples, seed)
     with progress_bar(f"evaluate {name}") as on_slide:
         found = _evaluate(name, predictor, store, genes, slides, benchmark, choices, seed, on_slide)
     about = {
@@ -125,6 +127,8 @@ def check(name: TaskName, choices: Choices) -> None:
         raise OptionError("--train-slides are what the baselines learn from; add --baselines, or leave it out")
     if choices.baselines and not given & {"benchmark", "train_slides"}:
         raise OptionError("--baselines need slides to learn from: give --benchmark NAME or --train-slides A,B")
+    if choices.fold is not None and "benchmark" not in given:
+        raise OptionError(f"--fold {choices.fold}: of a benchmark; give --benchmark NAME, or leave it out")
     if choices.folds is not None and choices.folds < 2:
         raise OptionError(f"--folds {choices.folds}: cross-validation needs 2 folds or more")
 
@@ -141,6 +145,10 @@ def benchmark_task(store: Store, choices: Choices, genes: list[str] | None) -> T
 
     if choices.benchmark is not None:
         task = store.task(choices.benchmark)
+        if choices.fold is not None:
+            if not 0 <= choices.fold < len(task.folds):
+                raise OptionError(f"--fold {choices.fold}: {choices.benchmark} has {len(task.folds)} folds, from 0")
+            task = Task(task.genes, [task.folds[choices.fold]])
     else:
         train = listed_names(choices.train_slides, "--train-slides", "slide") if choices.train_slides else []
         task = Task(genes or [], [{"train": train, "test": [slide]} for slide in _named_slides(store, choices)])

@@ -91,7 +91,7 @@ def test_loss_and_gradients_equal_those_of_the_literal_formula_with_dense_tokens
     from stpath_runtime.manifest import ModelConfig
 
     model = seeded_checkpoint(ModelConfig(**sizes, n_organs=25, n_technologies=5), 0)
-    module = MaskedGeneModelling(model, config.optimizer.learning_rate, 0)
+    module = MaskedGeneModelling(model, config.optimizer)
     module.double()
     batch.coords = batch.coords.double()
     batch.known = batch.known._replace(value=batch.known.value.double())
