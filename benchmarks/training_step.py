@@ -17,6 +17,7 @@ from stpath_runtime.machine import memory_of_process
 from stpath_runtime.measures.bench.timing import seconds_of
 from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import seeded_checkpoint
+from stpath_train.config import Optimizer
 from stpath_train.literal import literal_forward
 from stpath_train.model import PUBLISHED_SIZES, STPath
 from stpath_train.training import MaskedGeneModelling, masked_loss
@@ -41,7 +42,7 @@ def a_batch() -> Batch:
 
 def steps(model: STPath, batch: Batch) -> dict[str, Callable[[], float]]:
     """The collapsed and the literal step on one model; each returns its loss."""
-    module = MaskedGeneModelling(model, 5e-4, 100)
+    module = MaskedGeneModelling(model, Optimizer())
     adam = module.configure_optimizers()["optimizer"]
 
     def step(loss_of: Callable[[STPath, Batch], torch.Tensor]) -> float:

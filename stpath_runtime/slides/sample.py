@@ -8,7 +8,7 @@ that stand for them are simulated, and every place that shows a number computed 
 from __future__ import annotations
 
 import csv
-import gzip
+import lzma
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ..files import written_whole
 
-SAMPLE = "human_breast_visium_spots.csv.gz"
+SAMPLE = "human_breast_visium_spots.csv.xz"
 PIXELS_PER_SPOT = 200  # 100 um between spots, at 0.5 um a pixel
 CELL_TYPES = (
     *("endothelial", "cafs", "pvl", "b_cells", "t_cells", "myeloid", "normal_epithelial", "plasmablasts"),
@@ -39,7 +39,7 @@ class Sample:
 def load_sample() -> Sample:
     """Read the sample slide's spots from the package."""
     raw = files("stpath_runtime").joinpath("data", SAMPLE).read_bytes()
-    rows = list(csv.DictReader(gzip.decompress(raw).decode().splitlines()))
+    rows = list(csv.DictReader(lzma.decompress(raw).decode().splitlines()))
     # The hexagonal grid of Visium: columns are half a spot apart, rows sqrt(3) / 2.
     grid = np.array([(int(row["array_col"]) / 2, int(row["array_row"]) * np.sqrt(3) / 2) for row in rows])
     return Sample(

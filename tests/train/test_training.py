@@ -18,7 +18,7 @@ from helpers import a_store, an_adata, made_up_vocabulary, relative_l2, without_
 from stpath_runtime.errors import InputError, StoreError
 from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, save_checkpoint, seeded_checkpoint
-from stpath_train.config import Data, Masking, TrainConfig
+from stpath_train.config import Data, Masking, Optimizer, TrainConfig
 from stpath_train.literal import literal_forward
 from stpath_train.store import Record, Store
 from stpath_train.training import MaskedGeneModelling, masked_loss, train
@@ -445,6 +445,6 @@ def test_patients_do_not_stand_on_both_sides_and_counts_are_raw(tmp_path):
 
 
 def test_saved_weights_are_in_the_published_layout(tmp_path, tiny):
-    model = MaskedGeneModelling(tiny.model, 1e-3, 0).model
+    model = MaskedGeneModelling(tiny.model, Optimizer()).model
     save_checkpoint(model, tmp_path / "x.safetensors")
     same(load_checkpoint(tmp_path / "x.safetensors").state_dict(), tiny.model.state_dict())
