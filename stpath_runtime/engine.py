@@ -387,6 +387,10 @@ class Engine:
         ------
         InputError
             If it does not.
+
+        Examples
+        --------
+        >>> engine.check_context(given=True)  # STPath takes one
         """
 
     def _refuse(self, given: dict[str, object], whose: str, ours: str) -> None:

@@ -5,11 +5,10 @@ python -m stpath_export.stflow.demo OUT
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from stpath_train.cohort import MARKERS
 from stpath_train.config import read_config
@@ -40,7 +39,7 @@ def main(out: Path, slides: int = SLIDES, epochs: int | None = None) -> None:
     genes = list(dict.fromkeys(" ".join(MARKERS.values()).split()))
     data = {"store": "cohort", "slides": learned, "validation": learned[-VALIDATION:], "genes": genes, "workers": 1}
     run = MODEL_AND_RUN["run"] | {"out": "run"} | ({"epochs": epochs} if epochs is not None else {})
-    (out / "train.yaml").write_text(yaml.safe_dump({"data": data, **MODEL_AND_RUN, "run": run}, sort_keys=False))
+    (out / "train.yaml").write_text(json.dumps({"data": data, **MODEL_AND_RUN, "run": run}, indent=1))  # YAML, too
     train(read_config(out / "train.yaml"))
     engine, folder = out / "engine", out / "run"
     if not engine.exists():

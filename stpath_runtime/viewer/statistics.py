@@ -21,6 +21,7 @@ import numpy.typing as npt
 from .head import EPSILON, Head
 
 ROWS = 8_192  # spots that are standardised at once
+FEW = 64  # spots of two sets whose spread is computed from their own values
 Doubles = npt.NDArray[np.float64]
 Spots = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -109,8 +110,12 @@ class Embedded:
         of_others = self.moments(against) if against is not None else self._of_rest(inside, of_inside)
         difference = self.head.weights @ (of_inside.mean - of_others.mean).astype(np.float32)
         degrees = of_inside.spots + of_others.spots - 2
-        pooled = (of_inside.scatter + of_others.scatter) / max(degrees, 1)
-        deviation = np.sqrt(self._variances(pooled))
+        if of_inside.spots + of_others.spots <= FEW:
+            others = against if against is not None else np.setdiff1d(np.arange(len(self)), inside)
+            deviation = self._deviation_of_few(inside, others) / np.sqrt(max(degrees, 1))
+        else:
+            pooled = (of_inside.scatter + of_others.scatter) / max(degrees, 1)
+            deviation = np.sqrt(self._variances(pooled))
         with np.errstate(divide="ignore", invalid="ignore"):
             effect = np.where((deviation > 0) & (degrees > 0), difference / deviation, np.nan)
         return Contrast(self._means(of_inside), self._means(of_others), difference, effect.astype(np.float32))
@@ -148,6 +153,15 @@ class Embedded:
         if len(inside) <= len(self) / 2:
             return self._of_all - of_inside
         return self.moments(np.setdiff1d(np.arange(len(self)), inside))
+
+    def _deviation_of_few(self, *sets: Spots) -> Floats:
+        """Square roots of the sums of squares of each gene about its means in sets of few spots, [G].
+
+        Two or three spots may have nearly the same values, far smaller in spread than what sums of products keep.
+        """
+        about = [part - part.mean(axis=0, dtype=np.float64) for part in map(self._standardised, sets)]
+        values = self.head.weights @ np.concatenate(about).astype(np.float32).T  # [G, spots]
+        return np.asarray(np.sqrt(np.square(values).sum(axis=1)))
 
     def _moments(self, parts: Iterator[Floats]) -> Moments:
         spots, d = 0, self.embedding.shape[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from viewing import brute_force
 
@@ -38,6 +38,7 @@ def test_the_head_of_an_engine_is_what_it_decodes(loaded, predicted, every_gene)
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=228633, n=20, d=4, share=0.0625, dtype=np.float32, offset=0.0)  # two of three spots nearly the same
 @given(
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(20, 300),
