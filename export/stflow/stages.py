@@ -10,6 +10,7 @@ neighbours; d, e and M: a head of D, of E, and what a score's activation leaves.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,33 +55,35 @@ def activate(activation: str, hidden: Sequence[Tensor]) -> Tensor:
 class Score(nn.Module):
     """One number for a pair of spots, by a unit whose first product is split by what it takes.
 
-    A gated unit has two such products, kept apart: a tensor of both would be copied to be parted.
+    A gated unit has two such products, kept apart: a tensor of both would be copied to be parted. The biases of queries
+    and keys are in that of the first product.
     """
 
-    def __init__(self, unit: Unit, d_head: int, d_edge: int) -> None:
+    def __init__(self, unit: Unit, q_bias: Tensor, key_bias: Tensor, d_edge: int) -> None:
         super().__init__()
-        self.activation = unit.activation
+        self.activation, d_head = unit.activation, q_bias.shape[1]  # biases [H, d]
         sizes = [d_head, d_head, d_edge, unit.fc1.in_features - 2 * d_head - d_edge]
         parts = [torch.split(weight, sizes, dim=1) for weight in unit.fc1.weight.chunk(products_of(unit))]
         self.query, self.key, self.edge, self.state = (_weights(part) for part in zip(*parts, strict=True))
-        self.bias = _weights(unit.fc1.bias.chunk(len(parts)))
+        biases = zip(parts, unit.fc1.bias.chunk(len(parts)), strict=True)
+        self.bias = _weights([q_bias @ part[0].T + key_bias @ part[1].T + bias for part, bias in biases])  # [H, M]
         # Norm and last product in one, w'(z - mean z)/std z: two columns, of centred weights and of the mean. What does
         # not depend on z cancels in the softmax.
         weight, inner = (unit.fc2.weight[0] * unit.norm.weight).double(), unit.norm.weight.shape[0]
         columns = torch.stack([weight - weight.mean(), torch.full_like(weight, 1 / inner)], dim=1)
         self.last, self.eps = _fixed(columns.to(unit.fc2.weight.dtype)), unit.norm.eps
 
-    def of_spots(self, q: Tensor, y: Tensor) -> list[Tensor]:
-        """What a spot adds to its pairs: queries [T, B, H, d], state [T, B, G] -> [T, 1, B, H, M] each."""
-        return [
-            (q @ a.T - F.linear(y.flatten(0, 1), b, -c).unflatten(0, y.shape[:2])[:, :, None])[:, None]
-            for a, b, c in zip(self.query, self.state, self.bias, strict=True)
-        ]
+    def of_spots(self, q: Tensor, key: Tensor, y: Tensor, neighbors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What spots add to their pairs [T, 1, B, H, M], and what their neighbours do [T, k, B, H, M], of each product.
 
-    def of_neighbors(self, key: Tensor, y: Tensor, neighbors: Tensor) -> list[Tensor]:
-        """What neighbours add: keys [U, B, H, d], state [U, B, G], neighbours [T, k] -> [T, k, B, H, M] each."""
-        sums = [key @ a.T + (y @ b.T)[:, :, None] for a, b in zip(self.key, self.state, strict=True)]
-        return [_pick(each, neighbors) for each in sums]
+        Queries [T, B, H, d]; keys [U, B, H, d] and states [U, B, G], those of the tile first; neighbours [T, k].
+        """
+        own, theirs, tile = [], [], neighbors.shape[0]
+        for a, b, c, bias in zip(self.query, self.key, self.state, self.bias, strict=True):
+            of_state = (y @ c.T)[:, :, None]  # [U, B, 1, M]
+            own.append((q @ a.T - of_state[:tile] + bias)[:, None])
+            theirs.append(_pick(key @ b.T + of_state, neighbors))
+        return own, theirs
 
     def of_edges(self, e: Tensor) -> list[Tensor]:
         """What edges add: [T, k, H, e] -> [T, k, 1, H, M] each."""
@@ -107,35 +110,35 @@ class Layer(nn.Module):
         super().__init__()
         attn, config = block.attn, model.config
         self.layers, self.heads = config.n_layers, config.n_heads
-        norm, qkv = attn.norm_and_qkv
-        self.norm = norm
-        self.q, self.k, self.v = (_linear(*part) for part in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True))
-        self.score = Score(attn.mlp_attn, config.d_model // self.heads, config.d_edge // self.heads)
-        self.output, self.mlp, self.updater = attn.W_output, block.mlp, block.gene_updater
+        self.norm, qkv = attn.norm_and_qkv
+        self.q, self.k, self.v = _weights(qkv.weight.chunk(3))
+        q_bias, key_bias, v_bias = qkv.bias.view(3, self.heads, -1)
+        self.score = Score(attn.mlp_attn, q_bias, key_bias, config.d_edge // self.heads)
+        self.output, self.mlp, self.updater = copy.deepcopy(attn.W_output), block.mlp, block.gene_updater
+        first = self.output.fc1  # weights of attention sum to 1, so that the bias of values adds itself
+        parts = torch.split(first.weight, [config.d_model, config.d_edge], dim=1)
+        values, e = (part.unflatten(1, (self.heads, -1)) for part in parts)
+        first.bias = _fixed(first.bias + values.flatten(1) @ v_bias.flatten())
+        first.weight = _fixed(torch.cat([values, e], dim=2).flatten(1))  # values and edges of a head beside each other
 
     def denoise(self, h: Tensor, y: Tensor, neighbors: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
         """H and prediction [T, B, ...] of a tile, from h [U, B or 1, D] and y [U, B, G] of its keys."""
-        tile = neighbors.shape[0]
-        normed, own = self.norm(h.flatten(0, 1)), h[:tile]
-        q = self._heads(self.q(normed.unflatten(0, h.shape[:2])[:tile].flatten(0, 1)), own)
-        key, v = (self._heads(part(normed), h) for part in (self.k, self.v))
-        e, score = edges.unflatten(-1, (self.heads, -1)), self.score  # [T, k, H, E/H]
-        of_pairs = score(score.of_edges(e), score.of_neighbors(key, y, neighbors), score.of_spots(q, y[:tile]))
-        weights = of_pairs.softmax(dim=1)[..., None]  # [T, k, B, H, 1]
-        attended = [(weights * each).sum(dim=1).flatten(-2) for each in (_pick(v, neighbors), e[:, :, None])]
-        both = torch.cat(attended, dim=-1)  # [T, B, D + E]
-        found = (own + self.output(both.flatten(0, 1)).unflatten(0, both.shape[:2])).flatten(0, 1)  # [T B, D]
+        tile, heads, score = neighbors.shape[0], self.heads, self.score
+        normed = self.norm(h)
+        q, key = (_view(each, 0, 0, heads, -1) for each in (normed[:tile] @ self.q.T, normed @ self.k.T))
+        v = _view(_pick(normed @ self.v.T, neighbors), 0, 0, 0, heads, -1)  # [T, k, B, H, d]
+        e = _view(edges, 0, 0, heads, -1)  # [T, k, H, E/H]
+        weights = score(score.of_edges(e), *score.of_spots(q, key, y, neighbors)).softmax(dim=1)[..., None]
+        attended = torch.cat([(weights * each).sum(dim=1) for each in (v, e[:, :, None])], dim=-1)  # [T, B, H, d + e]
+        found = self.output(_view(attended, -1, heads * attended.shape[-1])).unflatten(0, (tile, y.shape[1]))
+        found = _view(h[:tile] + found, -1, h.shape[-1])  # [T B, D]
         found = found + self.mlp(found)
         prediction = self.updater(found)
-        return found.unflatten(0, both.shape[:2]), prediction.unflatten(0, both.shape[:2])
+        return found.unflatten(0, (tile, y.shape[1])), prediction.unflatten(0, (tile, y.shape[1]))
 
     def move(self, total: Tensor, state: Tensor, rate: Tensor) -> Tensor:
         """The state after a step."""
         return state * (1 - rate).to(state.dtype) + total / self.layers * rate.to(state.dtype)
-
-    def _heads(self, rows: Tensor, like: Tensor) -> Tensor:
-        """Rows [T B, D] as heads [T, B, H, d]."""
-        return rows.unflatten(-1, (self.heads, -1)).unflatten(0, like.shape[:2])
 
 
 class FirstLayer(Layer):
@@ -148,7 +151,7 @@ class FirstLayer(Layer):
     def forward(
         self, tokens: Tensor, y: Tensor, keys: Tensor, neighbors: Tensor, edges: Tensor, time: Tensor
     ) -> tuple[Tensor, Tensor]:
-        h = F.embedding(keys, tokens) + self.time(time).to(tokens.dtype)  # [U, D]
+        h = _pick(tokens, keys) + self.time(time).to(tokens.dtype)  # [U, D]
         return self.denoise(h[:, None], _pick(y, keys), neighbors, edges)
 
 
@@ -248,8 +251,18 @@ def graphs(model: STFlow, dtype: torch.dtype) -> list[Graph]:
 
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows [U, ...] at an index [T] or [T, k]: [T, ...] or [T, k, ...]."""
-    return F.embedding(index, rows.flatten(1)).unflatten(-1, rows.shape[1:])
+    """Rows [U, ...] at an index [T] or [T, k]: [T, ...] or [T, k, ...], in one operator."""
+    shape = (*index.shape, *rows.shape[1:])
+    return torch.onnx.ops.symbolic("Gather", (rows, index), {"axis": 0}, dtype=rows.dtype, shape=shape)
+
+
+def _view(x: Tensor, *shape: int) -> Tensor:
+    """X in another shape, 0 for an axis as it is, -1 for what is left: in one operator, whatever sizes vary."""
+    sizes = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
+    if -1 in sizes:
+        rest = math.prod(x.shape) // math.prod(size for size in sizes if size != -1)
+        sizes = [rest if size == -1 else size for size in sizes]
+    return torch.onnx.ops.symbolic("Reshape", (x, torch.tensor(shape)), dtype=x.dtype, shape=sizes)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
