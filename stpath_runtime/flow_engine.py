@@ -236,7 +236,7 @@ class _Work:
                 section.features,
                 around,
                 section.coords,
-                self._starts(rows),
+                partial(self._start, rows),
                 samples,
                 self.chosen["steps"],
                 self.slide.name,
@@ -254,11 +254,12 @@ class _Work:
         facts |= {"neighbors_given": self.neighbor_index is not None}
         return mean, deviation, facts | {"degenerate_frames": degenerate, "tied_neighbors": tied}
 
-    def _starts(self, rows: npt.NDArray[np.int64]) -> Iterator[Floats]:
-        """The start of each sample, at these spots."""
-        draw = partial(draw_start, self.model, len(self.slide), self.chosen["seed"])
-        for number in range(self.chosen["samples"]):
-            yield (self.start[number] if self.start is not None else draw(number))[rows]
+    def _start(self, rows: npt.NDArray[np.int64], number: int) -> Floats:
+        """The start of a sample, at these spots."""
+        if self.start is None:
+            return draw_start(self.model, len(self.slide), self.chosen["seed"], number)[rows]
+        start: Floats = self.start[number]
+        return start[rows]
 
 
 def _moments(samples: Iterator[Floats]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,8 @@ def _paths(engine: FlowEngine, case: FlowCase, around: Neighborhoods) -> Iterato
     slide, model, n = case.slide, engine.manifest.model, len(case.slide)
 
     def run(samples: int = 1, tile: int | None = None, layers: int | None = None) -> Floats:
-        starts = (draw_start(model, n, 0, number) for number in range(samples))
-        given = (engine.backend, model, engine.precision, slide.features, around, slide.coords, starts, samples)
+        start = partial(draw_start, model, n, 0)
+        given = (engine.backend, model, engine.precision, slide.features, around, slide.coords, start, samples)
         first, *_ = sample(*given, case.steps, case.name, tile=tile, layers=layers)
         return first
 

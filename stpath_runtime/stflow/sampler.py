@@ -12,7 +12,7 @@ Only h and y of the whole slide are kept, twice, as a layer reads its neighbours
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ FIRST_TIME = 0.01
 TILE, TILE_OF_SAMPLES = 128, 64
 COMPACT = 64  # spots of a block
 LEAST = 32  # spots for which a second tile at once pays
-KEPT_EDGES = 1 << 30  # bytes: those of 65,000 spots; computing them anew takes half as long again
+KEPT_EDGES = 1 << 29  # bytes: those of 32,000 spots; computing them anew takes half as long again
 ALL = slice(None)
 
 
@@ -68,7 +68,7 @@ def sample(
     features: Floats,
     around: Neighborhoods,
     coords: npt.NDArray[Any],
-    starts: Iterator[Floats],
+    start: Callable[[int], Floats],
     samples: int,
     steps: int,
     name: str,
@@ -87,8 +87,8 @@ def sample(
         The neighbours of the spots, and their frames.
     coords
         [N, 2]; by them spots that are near are put into one tile.
-    starts
-        The states to begin with, one for each sample, [N, G].
+    start
+        Gives the state to begin with, [N, G], of the sample of a number.
     steps
         Points of the time grid, from 2.
     name
@@ -128,7 +128,7 @@ def sample(
         tiles = slide.tiles(around, list(row_slices(n, size, 1, at_once)))
         slide.keep_edges(sizes.layers if layers is None else layers, tiles, at_once)
         for group in groups:
-            slide.begin([next(starts) for _ in range(group.start, group.stop)])
+            slide.begin(list(each(start, range(group.start, group.stop), at_once)))
             for step, time in enumerate(times(steps)):
                 for layer in range(1, config.n_layers + 1):
                     for rows in each(partial(slide.run, layer, time, 1 / (steps - 1 - step)), tiles, at_once):

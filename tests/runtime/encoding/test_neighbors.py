@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stpath_runtime.encoding import neighbors
-from stpath_runtime.encoding.neighbors import cut, nearest, plan_blocks
+from stpath_runtime.encoding.neighbors import cut, nearest, plan_blocks, usual_distance
 from stpath_runtime.encoding.sizes import BLOCK, PAD_KEYS
 
 
@@ -164,3 +164,11 @@ def test_tiles_mask_all_but_the_neighbours(sizes, k, seed, at_once):
     for block in range(plan.blocks):
         rows = slice(block * BLOCK, (block + 1) * BLOCK)
         assert len(set(slide_of_row[rows][plan.spot[rows] >= 0])) == 1
+
+
+def test_the_usual_distance_of_a_large_slide_is_that_of_a_strip():
+    row, column = np.divmod(np.arange(90_000), 300)
+    coords = np.stack([column, row], axis=1) * 7.0
+    shuffled = np.random.default_rng(0).permutation(coords)
+    assert usual_distance(shuffled) == usual_distance(coords[:900]) == 7.0
+    assert usual_distance(np.zeros((50_000, 2))) == 0
