@@ -372,8 +372,8 @@ class Engine:
 
         Examples
         --------
-        >>> engine.options(attention="knn:8")["attention"]
-        Attention(kind='knn', neighbors=8)
+        >>> engine.options(attention="global")["attention"]
+        Attention(kind='global', neighbors=0)
         """
         given = {"steps": steps, "seed": seed, "samples": samples}
         self._refuse({name: value for name, value in given.items() if value is not None}, "STFlow", "STPath")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +37,12 @@ class Edges(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         signed = F.pad(frames, (0, 1), value=1.0)[:, :, None] * self.signs  # [T, k, 4, 4]
-        inner = self.norm(activate(self.activation, [signed @ weight for weight in self.first]))
+        # Of hundreds of pixels all gates may be nearly closed, and the norm makes much of what is left: ONNX Runtime's
+        # sigmoid is off by 1e-8 there, and its norm takes a variance as a difference of squares, so neither is used.
+        inner = activate(self.activation, [signed @ weight for weight in self.first], silu=exact_silu)
+        inner = inner - inner.mean(dim=-1, keepdim=True)
+        variance = (inner * inner).mean(dim=-1, keepdim=True)
+        inner = inner * torch.rsqrt(variance + self.norm.eps) * self.norm.weight + self.norm.bias
         edges: Tensor = self.last(inner.mean(dim=2))  # it is linear: the mean may come before it
         return edges.to(self.dtype)
 
@@ -47,9 +52,16 @@ def products_of(unit: Unit) -> int:
     return 2 if unit.activation == "swiglu" else 1
 
 
-def activate(activation: str, hidden: Sequence[Tensor]) -> Tensor:
+def exact_silu(x: Tensor) -> Tensor:
+    """SiLU, of numbers far below zero, too, to all digits."""
+    return x / (1 + torch.exp(-x))
+
+
+def activate(activation: str, hidden: Sequence[Tensor], silu: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     """What an activation leaves of a hidden layer, or of a gate and what it lets through."""
-    return F.silu(hidden[0]) * hidden[1] if activation == "swiglu" else ACTIVATIONS[activation](hidden[0])
+    if activation in ("swiglu", "silu"):
+        return silu(hidden[0]) * hidden[1] if activation == "swiglu" else silu(hidden[0])
+    return ACTIVATIONS[activation](hidden[0])
 
 
 class Score(nn.Module):

@@ -17,13 +17,14 @@ from markdown_it import MarkdownIt
 from typer.main import get_command
 
 from stpath_runtime.cli import app as cli
-from stpath_train.config import read_config
+from stpath_train.config import FlowTrainConfig, read_config
 
 ROOT = Path(__file__).parents[2]
 SHELL = re.compile(r"[|>*$]|&&|^[A-Z_]+=")  # what takes a shell
 # What training takes in a test of the pages: everything else is as the page has it.
 SMALL_RUN = {"epochs": 1, "accelerator": "cpu"}
 SMALL_MODEL = {"d_model": 16, "n_layers": 1, "d_mlp": 32}
+SMALL_FLOW = {"kind": "stflow", "d_model": 16, "d_edge": 8, "n_layers": 1}
 SMALL_WINDOWS = {"spots": [8, 32], "workers": 0}
 
 
@@ -81,11 +82,13 @@ def run_command(command: str, where: str, capsys) -> None:
 
 def make_small(config: Path) -> None:
     """Make a config of a run one that takes seconds: what it says stays, but for sizes."""
-    read_config(config)
+    of_flow = isinstance(read_config(config), FlowTrainConfig)
     sections = yaml.safe_load(config.read_text())
     sections["run"] |= SMALL_RUN
-    sections["data"] |= SMALL_WINDOWS
-    if not sections.get("model", {}).get("checkpoint"):
+    sections["data"] |= {"workers": 0} if of_flow else SMALL_WINDOWS
+    if of_flow:
+        sections["model"] = SMALL_FLOW
+    elif not sections.get("model", {}).get("checkpoint"):
         sections["model"] = sections.get("model", {}) | SMALL_MODEL
     config.write_text(yaml.safe_dump(sections))
 

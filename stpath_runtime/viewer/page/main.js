@@ -422,6 +422,7 @@ async function begin() {
   if (Array.isArray(before.view)) [state.view.x, state.view.y, state.view.zoom] = before.view;
   const hand = state.hand;
   await showGenes(before.genes?.length ? before.genes : info.spread ? [info.first, info.first + info.spread] : [info.first]);
+  if (!Array.isArray(before.view)) fit(); // of as many maps as there are by now
   if (hand) { state.hand = state.ranges[0] = hand; showRange(); draw(); }
   await lists.restore(before.regions ?? [], before.chosen ?? -1);
   document.documentElement.dataset.ready = "yes";

@@ -17,7 +17,7 @@ from stpath_runtime import Engine, InputError, Slide
 from stpath_runtime.cli.app import main
 from stpath_runtime.errors import ParityError
 from stpath_runtime.slides.vocabulary import GeneVocabulary
-from stpath_train.stflow import seeded_flow
+from stpath_train.stflow import STFlow, seeded_flow
 
 SMALL = replace(FLOW_SIZES, n_genes=7, d_model=16, d_edge=8, n_features=12)
 
@@ -40,6 +40,15 @@ def test_every_activation_and_size_keeps_parity(changed, tmp_path):
     engine = Engine.load(tmp_path / "engine")
     assert (engine.manifest.model, engine.manifest.family) == (model.config, "stflow")
     assert engine.manifest.encoder == "UNI"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_edges_whose_gates_are_nearly_closed_keep_their_digits(backend, tmp_path):
+    torch.manual_seed(5)  # of two of its four inner edges the largest value is 0.007, behind the norm 1
+    model = STFlow(replace(SMALL, n_genes=10, n_features=100, n_layers=1)).eval().requires_grad_(False)
+    genes = GeneVocabulary.of_names([f"GENE{i}" for i in range(10)], "genes")
+    write_flow_engine(model, genes, tmp_path, "fp32", {"name": "model", "sha256": "0" * 64}, "random")
+    assert prove(tmp_path, model, backend=backend)["passed"]
 
 
 def test_half_precision_keeps_to_twice_the_error_of_pytorch(tmp_path):
