@@ -117,7 +117,7 @@ def verify(
     device: Device = "cpu",
     precision: RunPrecision = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="config.json", help="Of STFlow: the arguments of its training run.")
+        Path | None, typer.Option(metavar="config.json", help="Of STFlow: its training run's; left out: as the engine.")
     ] = None,
 ) -> None:
     """Repeat the proof of parity for an engine that exists, on a backend and in a precision that it can run."""
@@ -138,11 +138,8 @@ def verify(
         _verify_encoder(engine, str(checkpoint), backend, device, precision)
         return
     if is_flow(engine):
-        if report is not None or config is None:
-            said = (
-                f"--report {report}: of STPath engines" if report is not None else "--config: give the training run's"
-            )
-            raise OptionError(f"{said}; {engine} is an STFlow engine")
+        if report is not None:
+            raise OptionError(f"--report {report}: of STPath engines; {engine} is an STFlow engine: leave it out")
         _verify_flow(engine, checkpoint, config, slide, backend, device, precision)
         return
     if config is not None:
@@ -181,7 +178,7 @@ def _verify_encoder(encoder: Path, model: str, backend: str, device: str, precis
 def _verify_flow(
     engine: Path,
     checkpoint: Path,
-    config: Path,
+    config: Path | None,
     slide: Path | None,
     backend: str,
     device: str,
@@ -197,7 +194,7 @@ def _verify_flow(
     from .stflow.proof import prove, require_passed
 
     manifest = FlowManifest.read(engine)
-    model, _ = load_flow_checkpoint(checkpoint, config)
+    model, _ = load_flow_checkpoint(checkpoint, config, manifest.model)
     _require_same(model.config, manifest.model, checkpoint, engine, manifest.checkpoint["name"])
     _warn_of_another_file(checkpoint, sha256(checkpoint), engine, manifest.checkpoint["sha256"])
     given = [] if slide is None else [read_slide(slide)]

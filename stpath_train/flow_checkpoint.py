@@ -55,13 +55,17 @@ def is_flow_checkpoint(weights: Mapping[str, Tensor]) -> bool:
     return any("backbone.blks." in key or key.startswith("fourier_proj.") for key in weights)
 
 
-def load_flow_checkpoint(path: str | Path, config: str | Path | None) -> tuple[STFlow, str]:
+def load_flow_checkpoint(
+    path: str | Path, config: str | Path | None, known: FlowConfig | None = None
+) -> tuple[STFlow, str]:
     """Load a checkpoint with the published keys, in float32, ready to infer; and the name of its features' encoder.
 
     Parameters
     ----------
     config
         The `config.json` of its training run.
+    known
+        What an engine of it says, in the place of the config.
 
     Raises
     ------
@@ -71,13 +75,17 @@ def load_flow_checkpoint(path: str | Path, config: str | Path | None) -> tuple[S
     """
     path = Path(path)
     weights, _ = read_state_dict(path)
-    if config is None:
+    if config is None and known is not None:
+        run = {name: getattr(known, field) for name, field in CHOICES.items()}
+        found = config_of(weights, run, path, Path("the engine's manifest"))
+    elif config is None:
         raise CheckpointError(
             f"{path}: a checkpoint of STFlow, whose neighbours, steps, start and activation are not in its weights; "
             "give its config.json with --config"
         )
-    run = _read_run(Path(config))
-    found = config_of(weights, run, path, Path(config))
+    else:
+        run = _read_run(Path(config))
+        found = config_of(weights, run, path, Path(config))
     with torch.device("meta"):
         model = STFlow(found)
     _require_keys(weights, model.state_dict(), path)

@@ -207,7 +207,7 @@ def test_commands_of_the_other_model_say_so(flow_engine, slide, tmp_path, capsys
         ["decode", tmp_path / "p.h5ad", "--engine", flow_engine, "--genes", "GENE1"],
         ["fidelity", flow_engine, "--slide", path, "--out", tmp_path / "f.png"],
         ["bench", flow_engine],
-        ["verify", flow_engine, "--checkpoint", flow_engine.parent / "flow.pth"],
+        ["verify", flow_engine, "--checkpoint", flow_engine.parent / "flow.pth", "--report", tmp_path / "report"],
     ):
         assert main([str(word) for word in words]) == 2
         assert "STFlow engine" in capsys.readouterr().err
