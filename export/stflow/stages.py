@@ -80,10 +80,10 @@ class Score(nn.Module):
         biases = zip(parts, unit.fc1.bias.chunk(len(parts)), strict=True)
         self.bias = _weights([q_bias @ part[0].T + key_bias @ part[1].T + bias for part, bias in biases])  # [H, M]
         # Norm and last product in one, w'(z - mean z)/std z: two columns, of centred weights and of the mean. What does
-        # not depend on z cancels in the softmax.
-        weight, inner = (unit.fc2.weight[0] * unit.norm.weight).double(), unit.norm.weight.shape[0]
+        # not depend on z cancels in the softmax. In float32: squares of a hundred leave float16.
+        weight, inner = unit.fc2.weight[0].double() * unit.norm.weight.double(), unit.norm.weight.shape[0]
         columns = torch.stack([weight - weight.mean(), torch.full_like(weight, 1 / inner)], dim=1)
-        self.last, self.eps = _fixed(columns.to(unit.fc2.weight.dtype)), unit.norm.eps
+        self.last, self.eps = _fixed(columns.float()), unit.norm.eps
 
     def of_spots(self, q: Tensor, key: Tensor, y: Tensor, neighbors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """What spots add to their pairs [T, 1, B, H, M], and what their neighbours do [T, k, B, H, M], of each product.
@@ -104,10 +104,10 @@ class Score(nn.Module):
     def forward(self, *parts: Sequence[Tensor]) -> Tensor:
         """The scores [T, k, B, H], of what each of the three adds."""
         hidden = [sum(each[1:], each[0]) for each in zip(*parts, strict=True)]
-        inner = activate(self.activation, hidden)
+        inner = activate(self.activation, hidden).float()
         scores, mean = (inner @ self.last).unbind(-1)
         variance = (inner * inner).mean(dim=-1) - mean * mean
-        return scores * torch.rsqrt(variance.clamp(min=0) + self.eps)
+        return (scores * torch.rsqrt(variance.clamp(min=0) + self.eps)).to(hidden[0].dtype)
 
 
 class Layer(nn.Module):
@@ -134,7 +134,7 @@ class Layer(nn.Module):
         first.weight = _fixed(torch.cat([values, e], dim=2).flatten(1))  # values and edges of a head beside each other
 
     def denoise(self, h: Tensor, y: Tensor, neighbors: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
-        """H and prediction [T, B, ...] of a tile, from h [U, B or 1, D] and y [U, B, G] of its keys."""
+        """Tokens h and prediction [T, B, ...] of a tile, from h [U, B or 1, D] and y [U, B, G] of its keys."""
         tile, heads, score = neighbors.shape[0], self.heads, self.score
         normed = self.norm(h)
         q, key = (_view(each, 0, 0, heads, -1) for each in (normed[:tile] @ self.q.T, normed @ self.k.T))

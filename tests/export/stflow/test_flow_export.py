@@ -60,6 +60,15 @@ def test_half_precision_keeps_to_twice_the_error_of_pytorch(tmp_path):
     assert 1e-6 < relative_l2(found.X, golden.arrays["output"]) < 5e-3
 
 
+def test_scores_of_large_numbers_do_not_overflow_in_half_precision(tmp_path):
+    model = load_flow_golden("random_small").model
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.mlp_attn.fc1.weight *= 30  # what the norm takes is squared: in the tens of thousands, and above
+    checkpoint, config, genes = write_flow_checkpoint(model, tmp_path)
+    export_engine(checkpoint, tmp_path / "engine", genes, "fp16", config=config)  # proven
+
+
 def test_edges_of_a_slide_of_many_pixels_do_not_overflow_in_half_precision(tmp_path):
     checkpoint, config, genes = write_flow_checkpoint(load_flow_golden("random_small").model, tmp_path)
     export_engine(checkpoint, tmp_path / "engine", genes, "fp16", config=config)
