@@ -223,6 +223,8 @@ def tile_rows(
     """
     # Beside its keys, a row of a tile has activations: x, q, attention, mlp (twice), k, v; and its features.
     row_bytes = graphs * (keys.row_bytes + (6 * model.d_model + 2 * model.d_mlp + model.n_features) * 4)
+    if backend.keeps_tiles:  # with AVX-512, OpenVINO's kernels pack what they multiply
+        row_bytes += row_bytes // 8
     fit = (memory - kept) // row_bytes // keys.unit  # units
     least = kept + keys.unit * row_bytes
     if memory < least:
