@@ -165,7 +165,8 @@ class FlowEngine(Engine):
             If one is of the other model, or out of range; the message names it.
         """
         given = {"attention": attention, "neighbors": neighbors, "embeddings": embeddings, "fill_context": fill_context}
-        self._refuse({name: value for name, value in given.items() if value}, "STPath", "STFlow")
+        asked = {name: value for name, value in given.items() if value is not None and value is not False}
+        self._refuse(asked, "STPath", "STFlow")
         chosen = {
             "steps": self.manifest.model.steps if steps is None else steps,
             "seed": 0 if seed is None else seed,

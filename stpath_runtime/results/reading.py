@@ -86,8 +86,9 @@ def open_prediction(
             uns["spatial"] = source.read(f"{start}uns/spatial")
         with reading(source.path):
             frame = AnnData(obs=obs, var=var, obsm=obsm, uns=uns)
-            if deviations and DEVIATION in source.names(f"{start}layers"):
-                frame.layers[DEVIATION] = read_matrix(source, f"{start}layers/{DEVIATION}")
+            # Other programs may keep something else under this name.
+            if deviations and "samples" in uns["stpath"] and DEVIATION in source.names(f"{start}layers"):
+                frame.layers[DEVIATION] = np.asarray(source.read(f"{start}layers/{DEVIATION}"), np.float32)
         yield frame, Stored(source.path, x)
 
 

@@ -139,7 +139,14 @@ def test_what_cannot_be_is_refused(options, said, engine, slide):
 
 
 def test_what_is_of_the_other_model_is_refused_by_name(engine, slide, tiny_engine, tiny):
-    for name, value in {"attention": "knn:8", "neighbors": 3, "embeddings": True, "fill_context": True}.items():
+    of_stpath = [
+        ("attention", "knn:8"),
+        ("neighbors", 3),
+        ("neighbors", 0),
+        ("embeddings", True),
+        ("fill_context", True),
+    ]
+    for name, value in of_stpath:
         with pytest.raises(InputError, match=f"{name.replace('_', '-')}: of STPath engines"):
             engine.options(**{name: value})
     with pytest.raises(InputError, match="context: of STPath"):

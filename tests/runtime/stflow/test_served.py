@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 from viewing import Client
 
 from helpers import relative_l2
@@ -36,6 +37,11 @@ def test_the_viewer_shows_the_spread_of_samples_beside_their_mean(flow_engine, s
         assert table[0] == "spot,x,y,GENE3,GENE3 (std),region"
         with pytest.raises(GeneError):
             shown.values("GENE77 (std)")
+    adata.layers["std"] = csr_matrix(adata.layers["std"])
+    del adata.uns["stpath"]["samples"]  # another program's, of whatever it is
+    write_h5ad(adata, tmp_path / "other.h5ad")
+    with open_shown(tmp_path / "other.h5ad") as shown:
+        assert shown.deviation is None
     del adata.layers["std"]
     write_h5ad(adata, tmp_path / "one.h5ad")
     with open_shown(tmp_path / "one.h5ad") as shown, pytest.raises(GeneError):
