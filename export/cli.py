@@ -191,7 +191,8 @@ def _verify_flow(
     from stpath_runtime.readers import read_slide
     from stpath_train.flow_checkpoint import load_flow_checkpoint
 
-    from .stflow.proof import prove, require_passed
+    from .proof import require_passed
+    from .stflow.proof import prove
 
     manifest = FlowManifest.read(engine)
     model, _ = load_flow_checkpoint(checkpoint, config, manifest.model)

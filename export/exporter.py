@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 from stpath_runtime.errors import OptionError, OutputError, VocabularyError
-from stpath_runtime.files import require_writable, sha256, written_whole
-from stpath_runtime.manifest import GENES, SCHEMA, WEIGHTS, Manifest
+from stpath_runtime.files import require_writable, sha256
+from stpath_runtime.manifest import SCHEMA, Manifest
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.checkpoint import load_checkpoint, read_state_dict, require_genes
 from stpath_train.flow_checkpoint import is_flow_checkpoint
 from stpath_train.model import STPath
 
-from .proof import Report, prove, require_passed
+from .proof import Report, prove
 from .stages import graphs
-from .writing import DTYPES, LIBRARIES, OPSET, SharedWeights, write_graph
+from .stflow.exporter import export_flow
+from .writing import DTYPES, publish, write_files
 
 ENCODERS = {1536: "Gigapath tile features"}  # by width
 
@@ -68,8 +68,6 @@ def export_engine(
         raise OutputError(f"{out}: exists already; remove it or choose another folder")
     require_writable(out)
     if is_flow_checkpoint(read_state_dict(checkpoint)[0]):
-        from .stflow.exporter import export_flow
-
         return export_flow(checkpoint, out, config, genes, precision, on_step, device)
     if config is not None:
         raise OptionError(f"--config {config}: of checkpoints of STFlow; {checkpoint} is none: leave it out")
@@ -77,13 +75,8 @@ def export_engine(
     vocabulary = read_vocabulary(genes, model, str(checkpoint))
     require_genes(checkpoint, vocabulary, str(genes or "the published vocabulary"))
     source = {"name": checkpoint.name, "sha256": sha256(checkpoint)}
-    with written_whole(out) as directory:
-        directory.mkdir()
-        manifest = write_engine(model, vocabulary, directory, precision, source, on_step)
-        report = prove(directory, model, device=device)
-        require_passed(report)
-        Manifest(**{**vars(manifest), "parity": report}).write(directory)
-    return report
+    write = partial(write_engine, model, vocabulary, precision=precision, checkpoint=source, on_step=on_step)
+    return publish(out, write, partial(prove, model=model, device=device))
 
 
 def read_vocabulary(genes: Path | None, model: STPath, name: str) -> GeneVocabulary:
@@ -113,27 +106,10 @@ def write_engine(
     on_step: OnTile | None = None,
 ) -> Manifest:
     """Write graphs, weights, vocabulary and manifest, without a proof, into an empty directory."""
-    weights = SharedWeights(directory / WEIGHTS)
     todo = graphs(copy.deepcopy(model).to(DTYPES[precision]))  # a copy: the reference stays in its own type
-    for done, graph in enumerate(todo):
-        if on_step is not None:
-            on_step(done, len(todo) + 1)  # the proof is the last step
-        write_graph(graph, weights, directory)
-    if on_step is not None:
-        on_step(len(todo), len(todo) + 1)
-    vocabulary.write(directory / GENES)
+    written = write_files(todo, vocabulary, directory, precision, checkpoint, on_step)
     config = model.config
-    manifest = Manifest(
-        schema=SCHEMA,
-        model=config,
-        precision=precision,
-        opset=OPSET,
-        encoder=ENCODERS.get(config.n_features, "the encoder that the model was trained on"),
-        checkpoint=checkpoint,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files={path.name: sha256(path) for path in sorted(directory.iterdir())},
-        versions={name: version(name) for name in LIBRARIES},
-        parity={},
-    )
+    encoder = ENCODERS.get(config.n_features, "the encoder that the model was trained on")
+    manifest = Manifest(schema=SCHEMA, model=config, encoder=encoder, **written)
     manifest.write(directory)
     return manifest

@@ -1,17 +1,27 @@
-"""Writes modules as ONNX graphs, whose weights are in one file that they share."""
+"""Writes an engine: modules as ONNX graphs, whose weights are in one file that they share; published once proven."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
+from stpath_runtime.files import sha256, written_whole
+from stpath_runtime.manifest import GENES, WEIGHTS, FlowManifest, Manifest
+from stpath_runtime.progress import OnTile
+from stpath_runtime.slides.vocabulary import GeneVocabulary
+
+from .proof import Report, require_passed
 from .stages import Graph
 
 OPSET = 23
@@ -47,6 +57,57 @@ class SharedWeights:
             shape=ir.Shape(tensor.shape.numpy()),
             name=name,
         )
+
+
+def publish(out: Path, write: Callable[[Path], Manifest | FlowManifest], prove: Callable[[Path], Report]) -> Report:
+    """Write an engine into a folder of its own, prove it there, and only then move it to `out`.
+
+    Raises
+    ------
+    ParityError
+        If it misses the bar; nothing is left at `out`.
+    """
+    with written_whole(out) as directory:
+        directory.mkdir()
+        manifest = write(directory)
+        report = prove(directory)
+        require_passed(report)
+        replace(manifest, parity=report).write(directory)
+    return report
+
+
+def write_files(
+    graphs: Sequence[Graph],
+    vocabulary: GeneVocabulary,
+    directory: Path,
+    precision: str,
+    checkpoint: dict[str, str],
+    on_step: OnTile | None = None,
+) -> dict[str, Any]:
+    """Write graphs, weights and vocabulary into an empty folder; returns what manifests of either model say of them.
+
+    Parameters
+    ----------
+    checkpoint
+        Name and sha256 of what the weights are from.
+    on_step
+        Called with (done, total) after each graph; the proof is the last step.
+    """
+    weights = SharedWeights(directory / WEIGHTS)
+    for done, graph in enumerate(graphs, 1):
+        write_graph(graph, weights, directory)
+        if on_step is not None:
+            on_step(done, len(graphs) + 1)
+    vocabulary.write(directory / GENES)
+    return {
+        "precision": precision,
+        "opset": OPSET,
+        "checkpoint": checkpoint,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "files": {path.name: sha256(path) for path in sorted(directory.iterdir())},
+        "versions": {name: version(name) for name in LIBRARIES},
+        "parity": {},
+    }
 
 
 def write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .encoding.attention import Attention
 from .engine import Engine
 from .errors import InputError, InputWarning, ParityError
+from .flow_engine import FlowEngine
 from .moved import keep_old_paths
 from .readers import read_slide
 from .slides.context import Context
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from .viewer.lazy import open_lazy
     from .viewer.notebook import view
 
-__all__ = ["Attention", "Context", "Engine", "InputError", "InputWarning", "ParityError", "Slide"]
+__all__ = ["Attention", "Context", "Engine", "FlowEngine", "InputError", "InputWarning", "ParityError", "Slide"]
 __all__ += ["open_lazy", "read_slide", "view"]
 __version__ = "0.1.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,8 @@ class Engine:
     ['GENE1', 'GENE2']
     """
 
+    _of_manifests: ClassVar[dict[type, type[Engine]]] = {}  # engines of other models, which make themselves known
+
     def __init__(
         self,
         path: Path,
@@ -67,6 +69,11 @@ class Engine:
         self.precision = precision
         self._digest = digest
         self._warned_of_approximation = False
+
+    def __init_subclass__(cls, manifest: type | None = None) -> None:
+        """`manifest` is the kind of manifest for which `load` gives this class."""
+        if manifest is not None:
+            cls._of_manifests[manifest] = cls
 
     def __repr__(self) -> str:
         return f"Engine({str(self.path)!r}, {self.precision}, {self.backend.name} on {self.backend.device})"
@@ -101,8 +108,6 @@ class Engine:
         >>> Engine.load(engine_path).precision
         'fp32'
         """
-        from .flow_engine import FlowEngine
-
         path = Path(path)
         manifest = read_engine(path)
         digest = sha256(path / MANIFEST)
@@ -114,7 +119,7 @@ class Engine:
                 "engine again"
             )
         opened = open_backend(backend, path, device, manifest.precision, precision)
-        kind = FlowEngine if isinstance(manifest, FlowManifest) else cls
+        kind = cls._of_manifests.get(type(manifest), cls)
         return kind(path, manifest, vocabulary, opened, precision or manifest.precision, digest)  # type: ignore[arg-type]
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 
-class FlowEngine(Engine):
+class FlowEngine(Engine, manifest=FlowManifest):
     """Samples gene expression with an STFlow engine; `Engine.load` gives one where the folder is of that model.
 
     Examples
@@ -92,6 +92,12 @@ class FlowEngine(Engine):
             If the features are not as wide as the engine expects, a gene is unknown, the steps are below 2 or the
             samples below 1, the seed is below 0, start or neighbours are of another shape, hold what is no number or
             are outside the slide, or the memory is too small for one tile.
+
+        Examples
+        --------
+        >>> adata = flow_engine.predict(flow_slide, seed=7, samples=4)
+        >>> adata.layers["std"].shape == adata.X.shape
+        True
         """
         (prediction,) = self.predict_many(
             [slide],
@@ -126,6 +132,12 @@ class FlowEngine(Engine):
         ------
         InputError
             What `predict` raises, and if a context is given: this model takes none.
+
+        Examples
+        --------
+        >>> first, second = flow_engine.predict_many([flow_slide, flow_slide], genes=flow_engine.vocabulary.symbols[:2])
+        >>> second.to_anndata().n_vars
+        2
         """
         self.check_context(contexts is not None and any(context is not None for context in contexts))
         if len(slides) != 1 and not (start is None and neighbor_index is None):
@@ -163,6 +175,11 @@ class FlowEngine(Engine):
         ------
         InputError
             If one is of the other model, or out of range; the message names it.
+
+        Examples
+        --------
+        >>> flow_engine.options(samples=16)
+        {'steps': 5, 'seed': 0, 'samples': 16}
         """
         given = {"attention": attention, "neighbors": neighbors, "embeddings": embeddings, "fill_context": fill_context}
         asked = {name: value for name, value in given.items() if value is not None and value is not False}
@@ -184,6 +201,10 @@ class FlowEngine(Engine):
         ------
         InputError
             If one is given.
+
+        Examples
+        --------
+        >>> flow_engine.check_context(given=False)
         """
         if given:
             raise OptionError(f"context: of STPath engines; {self.path} is an STFlow engine, which takes none")
@@ -195,6 +216,13 @@ class FlowEngine(Engine):
         ------
         InputError
             Always.
+
+        Examples
+        --------
+        >>> flow_engine.embed(flow_slide)
+        Traceback (most recent call last):
+        ...
+        stpath_runtime.errors.EngineError: ...: an STFlow engine, which has no embeddings, and no attention to choose
         """
         raise EngineError(f"{self.path}: an STFlow engine, which has no embeddings, and no attention to choose")
 

@@ -1,7 +1,7 @@
 """Training of STFlow: flow matching of a store's slides, by the published recipe.
 
 A sample is the part of a slide nearest to a random spot, between a start and its expression at a random time; the model
-is to tell the expression. The epoch is chosen on validation slides. A run's folder is that of `training`, and beside
+is to tell the expression. The epoch is chosen on validation slides. A run's folder is that of `run`, and beside
 the model it has what `stpath export` asks for: `config.json` and `genes.json`.
 
 n spots of a window, F features, G genes, k neighbours.
@@ -28,9 +28,9 @@ from stpath_runtime.stflow.starts import draw_start
 
 from .config import FlowTrainConfig
 from .flow_checkpoint import CHOICES, SIZES
+from .run import MODEL, Objective, Slides, check_slides, fit, prepare_lightning
 from .stflow import STFlow
 from .store import Store, open_slide
-from .training import MODEL, Objective, Slides, check_slides, fit, prepare_lightning
 from .windows import nearest_spots
 
 RUN_CONFIG, GENES = "config.json", "genes.json"

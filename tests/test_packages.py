@@ -48,7 +48,7 @@ NOT_IMPORTED = {
     "tensorrt-rtx-cu13": "likewise",
     "onnx": "torch.onnx writes it",
     "onnxscript": "torch.onnx writes through it",
-    "tensorboard": "Lightning's logger, stpath_train.training",
+    "tensorboard": "Lightning's logger, stpath_train.run",
     "igraph": "scanpy's Leiden",
     "openslide-bin": "the library that openslide-python calls",
     "torchvision": "timm's preprocessing",
@@ -104,7 +104,7 @@ def test_nothing_is_declared_that_is_not_imported():
 
 PUBLIC = {
     "stpath_runtime": (
-        *("Attention", "Context", "Engine", "InputError", "InputWarning", "ParityError", "Slide"),
+        *("Attention", "Context", "Engine", "FlowEngine", "InputError", "InputWarning", "ParityError", "Slide"),
         *("open_lazy", "read_slide", "view"),
     ),
     "stpath_train": ("STPath", "load_checkpoint", "save_checkpoint"),

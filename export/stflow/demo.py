@@ -16,8 +16,9 @@ from stpath_train.demo_checkpoint import make_store
 from stpath_train.evaluation.run import Choices, TaskName
 from stpath_train.evaluation.run import run as evaluate
 from stpath_train.flow_training import GENES, RUN_CONFIG
+from stpath_train.run import MODEL
 from stpath_train.store import Store
-from stpath_train.training import MODEL, train
+from stpath_train.training import train
 
 from ..exporter import export_engine
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 from stpath_runtime.errors import VocabularyError
-from stpath_runtime.files import sha256, written_whole
-from stpath_runtime.manifest import FLOW, FLOW_SCHEMA, FLOW_VARIANT, GENES, WEIGHTS, FlowManifest
+from stpath_runtime.files import sha256
+from stpath_runtime.manifest import FLOW, FLOW_SCHEMA, FLOW_VARIANT, FlowManifest
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.vocabulary import GeneVocabulary
 from stpath_train.flow_checkpoint import load_flow_checkpoint
 from stpath_train.stflow import STFlow
 
 from ..proof import Report
-from ..writing import DTYPES, LIBRARIES, OPSET, SharedWeights, write_graph
-from .proof import prove, require_passed
+from ..writing import DTYPES, publish, write_files
+from .proof import prove
 from .stages import graphs
 
 
@@ -49,13 +48,16 @@ def export_flow(
     model, encoder = load_flow_checkpoint(checkpoint, config)
     vocabulary = read_flow_genes(genes, model.config.n_genes, str(checkpoint))
     source = {"name": checkpoint.name, "sha256": sha256(checkpoint)}
-    with written_whole(out) as directory:
-        directory.mkdir()
-        manifest = write_flow_engine(model, vocabulary, directory, precision, source, encoder, on_step)
-        report = prove(directory, model, device=device)
-        require_passed(report)
-        FlowManifest(**{**vars(manifest), "parity": report}).write(directory)
-    return report
+    write = partial(
+        write_flow_engine,
+        model,
+        vocabulary,
+        precision=precision,
+        checkpoint=source,
+        encoder=encoder,
+        on_step=on_step,
+    )
+    return publish(out, write, partial(prove, model=model, device=device))
 
 
 def read_flow_genes(path: Path | None, n_genes: int, checkpoint: str) -> GeneVocabulary:
@@ -95,28 +97,9 @@ def write_flow_engine(
     on_step: OnTile | None = None,
 ) -> FlowManifest:
     """Write graphs, weights, genes and manifest, without a proof, into an empty directory."""
-    weights = SharedWeights(directory / WEIGHTS)
-    todo = graphs(model, DTYPES[precision])
-    for done, graph in enumerate(todo):
-        if on_step is not None:
-            on_step(done, len(todo) + 1)  # the proof is the last step
-        write_graph(graph, weights, directory)
-    if on_step is not None:
-        on_step(len(todo), len(todo) + 1)
-    vocabulary.write(directory / GENES)
+    written = write_files(graphs(model, DTYPES[precision]), vocabulary, directory, precision, checkpoint, on_step)
     manifest = FlowManifest(
-        schema=FLOW_SCHEMA,
-        family=FLOW,
-        variant=FLOW_VARIANT,
-        model=model.config,
-        precision=precision,
-        opset=OPSET,
-        encoder=encoder,
-        checkpoint=checkpoint,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files={path.name: sha256(path) for path in sorted(directory.iterdir())},
-        versions={name: version(name) for name in LIBRARIES},
-        parity={},
+        schema=FLOW_SCHEMA, family=FLOW, variant=FLOW_VARIANT, model=model.config, encoder=encoder, **written
     )
     manifest.write(directory)
     return manifest

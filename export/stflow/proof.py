@@ -7,16 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from stpath_runtime.engine import Engine, check_slide
-from stpath_runtime.errors import EngineError, ParityError
+from stpath_runtime.errors import EngineError
 from stpath_runtime.flow_engine import FlowEngine
-from stpath_runtime.measures.agreement import relative_l2
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.slide import Slide
 from stpath_runtime.stflow.geometry import Neighborhoods
@@ -24,7 +21,7 @@ from stpath_runtime.stflow.sampler import sample
 from stpath_runtime.stflow.starts import draw_start
 from stpath_train.stflow import STFlow
 
-from ..proof import L2_BAR, LOW_DTYPES, LOW_PEARSON_BAR, PEARSON_BAR, TIMES_TORCH, Floats, Report, lowest_pearson
+from ..proof import LOW_DTYPES, Floats, Report, compare_expression, pearson_bar_of, summary
 
 SPOTS = (1, 2, 9, 37, 500)
 SMALL_TILE = 16
@@ -103,20 +100,13 @@ def prove(
         around = Neighborhoods.of(case.slide.coords, model.config.neighbors)
         wanted = reference(exact, exact, case, around)
         low = reference(copy.deepcopy(model).to(low_dtype), model, case, around) if low_dtype is not None else None
-        pearson_bar = PEARSON_BAR if low is None else LOW_PEARSON_BAR if case.given else None
+        pearson_bar = pearson_bar_of(engine.precision, case.given)
         for path, found in _paths(engine, case, around):
-            rows.append({"case": case.name, "path": path, **_compare(found, wanted, low, pearson_bar)})
+            row = compare_expression(found, wanted, low, pearson_bar)
+            rows.append({"case": case.name, "path": path, **row})
         if on_step is not None:
             on_step(done, len(cases))
-    bar: Any = L2_BAR if low_dtype is None else f"{TIMES_TORCH:g} times PyTorch's own error in {engine.precision}"
-    return {
-        "passed": all(row["passed"] for row in rows),
-        "reference": "float64",
-        "bars": {"relative_l2": bar, "pearson": PEARSON_BAR if low_dtype is None else LOW_PEARSON_BAR},
-        "precision": engine.precision,
-        "backend": f"{engine.backend.name} on {engine.backend.device}",
-        "cases": rows,
-    }
+    return summary(engine, rows)
 
 
 def reference(model: STFlow, of_edges: STFlow, case: FlowCase, around: Neighborhoods) -> Floats:
@@ -146,31 +136,3 @@ def _paths(engine: FlowEngine, case: FlowCase, around: Neighborhoods) -> Iterato
         yield "small tiles", run(tile=SMALL_TILE)
     yield f"one of {SAMPLES} samples", run(samples=SAMPLES)
     yield "edges anew in each step", run(layers=0)
-
-
-def _compare(found: Floats, exact: Floats, low: npt.NDArray[Any] | None, pearson_bar: float | None) -> dict[str, Any]:
-    """One row of the report."""
-    bar = L2_BAR if low is None else TIMES_TORCH * relative_l2(low, exact)
-    l2, (pearson, flat) = relative_l2(found, exact), lowest_pearson(found, exact)
-    correlated = pearson_bar is None or pearson is None or pearson >= pearson_bar
-    return {
-        "spots": len(exact),
-        "genes": exact.shape[1],
-        "relative_l2": l2,
-        "bar_l2": bar,
-        "pearson_min": pearson,
-        "flat_genes": flat,
-        "max_abs": float(np.abs(found - exact).max()),
-        "passed": bool(l2 <= bar and correlated),  # `<=` on purpose: NaN compares false, so that NaN fails
-    }
-
-
-def require_passed(report: Report) -> None:
-    """Raise ParityError, naming the worst case, unless the report passed."""
-    failed = [row for row in report["cases"] if not row["passed"]]
-    if failed:
-        worst = max(failed, key=lambda row: np.nan_to_num(row["relative_l2"] / row["bar_l2"], nan=np.inf))
-        raise ParityError(
-            f"{len(failed)} of {len(report['cases'])} comparisons miss the bar; the worst is {worst['case']}, "
-            f"{worst['path']}: relative L2 {worst['relative_l2']:.2e} (bar {worst['bar_l2']:.2e})"
-        )

@@ -48,6 +48,7 @@ def names(tiny, tiny_engine, tiny_encoder, flow_engine, tmp_path_factory):
         "embedded_path": "embedded.h5ad",
         "engine_path": tiny_engine,
         "encoder_path": tiny_encoder,
+        "flow_engine": stpath_runtime.Engine.load(flow_engine),
         "flow_path": flow_engine,
         "flow_slide": load_flow_golden("n9").slide,
         "image_path": CROP,

@@ -121,7 +121,7 @@ def test_an_engine_below_the_bar_is_not_published(tiny_engine, tiny_checkpoint, 
 
 
 def test_a_crash_leaves_nothing(tiny_checkpoint, tiny_genes, tmp_path, monkeypatch):
-    def crash(model, vocabulary, directory, *_):
+    def crash(model, vocabulary, directory, **_):
         vocabulary.write(directory / "genes.tsv.gz")
         raise ZeroDivisionError
 

@@ -81,10 +81,10 @@ def test_an_engine_that_is_wrong_is_not_published(monkeypatch, tmp_path):
     checkpoint, config, genes = write_flow_checkpoint(seeded_flow(replace(SMALL, n_layers=1), 0), tmp_path)
     real = write_flow_engine
 
-    def wrong(model, *given):
+    def wrong(model, *given, **options):
         with torch.no_grad():
             model.blocks[0].mlp.fc2.bias[0] += 0.01
-            written = real(model, *given)
+            written = real(model, *given, **options)
             model.blocks[0].mlp.fc2.bias[0] -= 0.01
         return written
 
