@@ -200,6 +200,7 @@ def test_names_take_their_usual_spelling():
         ({"features": np.full((4, 3), np.nan)}, "12 values of the features are NaN or infinite .* the first at spot 0"),
         ({"coords": np.array([[0, 1], [1, 2], [np.inf, 2], [3, 3]])}, "1 value of the coordinates is .* spot 2"),
         ({"features": np.full((4, 3), 1e300)}, "NaN or infinite .in float32"),
+        ({"features": np.array([[0.0], [-np.inf], [1], [2]])}, "1 value of the features is NaN or infinite .* spot 1"),
         ({"coords": np.full((4, 2), 1e300)}, "NaN or infinite .in float32"),
         ({"barcodes": ["a", "b", "c", "d\0"]}, "not a name"),
         ({"barcodes": ["a", "b"]}, "2 barcodes for 4 spots"),
