@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import OptionError
+from ..errors import FileError, OptionError
 from ..images.settings import TileSettings
 from ..progress import progress_bar, tile_bars
 from ..results.output import Format
@@ -108,6 +108,7 @@ def predict(
         )
     _require_context(context is not None, context_spots, fill_context)
     settings = TileSettings(mpp, pitch, min_tissue, tissue, spots, sections)
+    _require_there(slides)
     images = require_encoder(slides, encoder, settings)
     if any(images):  # what would be found only after their features are made
         settings.check()
@@ -158,6 +159,17 @@ def predict(
             prediction.write(target, chosen, dtype.value, on_tile)
         what = f"{count(len(slide), 'spot')}, {count(len(panel), 'gene')}"
         typer.echo(f"{target}: {what} ({slide.organ}, {slide.technology or 'unknown technology'})")
+
+
+def _require_there(slides: list[Path]) -> None:
+    """Check that slides are there before it is said what an image of that name would need."""
+    from ..readers.sources import reading
+
+    for path in slides:
+        with reading(path):  # a folder around it may not be read
+            there = path.exists()
+        if not there:
+            raise FileError(f"{path}: no such file; expected a slide image or a file of features")
 
 
 def _tile_encoder(

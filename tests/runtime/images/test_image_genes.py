@@ -11,6 +11,7 @@ import anndata
 import h5py
 import numpy as np
 import pytest
+from spatialdata import read_zarr
 
 from helpers import CROP, without_coverage
 from images_helpers import tissue_pixels, write_svs
@@ -43,17 +44,24 @@ def test_two_ways_give_the_same_genes(words, tiny_engine, tmp_path, capsys):
     assert ("stpath_embedding" in image.obsm, "stpath_embedding" in file.obsm) == (True, False)  # stpath view wants it
 
 
-@pytest.mark.parametrize("form", ["h5ad", "zarr"])
+def read_back(path, form):
+    """The AnnData of a result."""
+    if form == "spatialdata":
+        return read_zarr(path).tables["stpath"]
+    return anndata.read_h5ad(path) if form == "h5ad" else anndata.read_zarr(path)
+
+
+@pytest.mark.parametrize("form", ["h5ad", "zarr", "spatialdata"])
 def test_genes_are_added_and_the_tissue_is_kept(words, tiny_engine, tmp_path, form):
-    path = tmp_path / f"a.{form}"
-    assert main(["predict", str(CROP), *words, "--out", str(path)]) == 0
+    path = tmp_path / ("a.h5ad" if form == "h5ad" else "a.zarr")
+    predict = ["predict", str(CROP), *words, "--out", str(path), "--format", form]
+    assert main(predict) == 0
     assert main(["decode", str(path), "--engine", str(tiny_engine), "--genes", "GENE9"]) == 0
-    adata = anndata.read_h5ad(path) if form == "h5ad" else anndata.read_zarr(path)
+    adata = read_back(path, form)
     assert list(adata.var_names) == [*GENES.split(","), "GENE9"]
     assert adata.uns["spatial"][CROP.stem]["images"]["hires"].dtype == np.uint8
-    assert main(["predict", str(CROP), *words, "--no-embeddings", "--out", str(path)]) == 0
-    adata = anndata.read_h5ad(path) if form == "h5ad" else anndata.read_zarr(path)
-    assert "stpath_embedding" not in adata.obsm
+    assert main([*predict, "--no-embeddings"]) == 0
+    assert "stpath_embedding" not in read_back(path, form).obsm
 
 
 def test_torch_is_not_imported(words, tmp_path):
@@ -188,6 +196,12 @@ def test_faults_of_the_options(more, message, words, tmp_path, capsys):
     assert main(["predict", str(CROP), *words, *more, "--out", str(tmp_path / "a.h5ad")]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.h5*"))
+
+
+def test_an_image_that_is_not_there_without_an_encoder(tiny_engine, tmp_path, capsys):
+    words = ["--engine", str(tiny_engine), "--out", str(tmp_path / "a.h5ad")]
+    assert main(["predict", str(CROP), str(tmp_path / "gone.svs"), *words]) == 2
+    assert "gone.svs: no such file" in capsys.readouterr().err
 
 
 def test_options_of_images_without_an_image(tiny_engine, tiny_encoder, tmp_path, capsys):
