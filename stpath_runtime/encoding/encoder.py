@@ -229,7 +229,7 @@ def tile_rows(
     least = kept + keys.unit * row_bytes
     if memory < least:
         raise MemoryLimitError(
-            f"{name}: {_rounded_down(memory)} of memory cannot hold one tile of {keys.rows:,} spots; the least that "
+            f"{name}: {rounded_down(memory)} of memory cannot hold one tile of {keys.rows:,} spots; the least that "
             f"works is {-(-least // 2**20):,} MiB (--memory)"
         )
     # The scores of a tile, and the keys of its blocks, are the largest tensors.
@@ -261,6 +261,6 @@ def most_rows(row_bytes: int) -> int:
     return max(1, MOST_BYTES // row_bytes)
 
 
-def _rounded_down(size: int) -> str:
+def rounded_down(size: int) -> str:
     """A size that is too small, rounded so that it never reads as one that is large enough."""
     return f"{size // 2**20:,} MiB" if size >= 2**20 else f"{size // 2**10:,} KiB"

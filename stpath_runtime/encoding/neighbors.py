@@ -238,9 +238,10 @@ def _assemble(neighbors: Ints, block: Ints, n_blocks: int) -> Plan:
     spot = np.full(rows, -1, np.int64)
     spot[row] = np.arange(n)
     place = np.zeros((rows, k), np.int32)
-    key_counts, key_rows = [], []
     step = max(1, QUERIED // (k * BLOCK))
-    for low in range(0, n_blocks, step):  # a few blocks at a time, to keep what is sorted small
+
+    def keys_of(low: int) -> tuple[Ints, Ints]:
+        """Of a few blocks, to keep what is sorted small: how many keys each has, and their rows; writes `place`."""
         high = min(low + step, n_blocks)
         members = order[first[low] : first[high]]
         # Each block's distinct keys, sorted: pairs (block, key row) as one number.
@@ -248,7 +249,8 @@ def _assemble(neighbors: Ints, block: Ints, n_blocks: int) -> Plan:
         distinct, inverse = np.unique(pairs, return_inverse=True)
         start = np.searchsorted(distinct, np.arange(high - low + 1) * rows)
         place[row[members]] = inverse.reshape(-1, k) - start[block[members] - low][:, None]
-        key_counts.append(np.diff(start))
-        key_rows.append(distinct % rows)
-    key_start = np.concatenate([[0], np.cumsum(np.concatenate(key_counts))])
+        return np.diff(start), distinct % rows
+
+    counts, key_rows = zip(*each(keys_of, range(0, n_blocks, step), cores()), strict=True)
+    key_start = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
     return Plan(spot, row, key_start, np.concatenate(key_rows), place)

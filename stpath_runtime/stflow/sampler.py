@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..encoding.backend import Array, Backend, Workspace
-from ..encoding.encoder import most_rows, row_slices
+from ..encoding.encoder import most_rows, rounded_down, row_slices
 from ..encoding.neighbors import cut
 from ..encoding.sizes import DTYPES, SAMPLES_AT_ONCE
 from ..encoding.threads import each
@@ -287,7 +287,7 @@ def _sizes(
     slide, row = least(together)
     if memory < slide + row:
         raise MemoryLimitError(
-            f"{name}: {memory // 2**20:,} MiB of memory cannot hold one tile of {n:,} spots; the least that works is "
+            f"{name}: {rounded_down(memory)} of memory cannot hold one tile of {n:,} spots; the least that works is "
             f"{-(-(slide + row) // 2**20):,} MiB (--memory)"
         )
     at_once = max(1, min(backend.tiles_at_once, (memory - slide) // row, n // LEAST))

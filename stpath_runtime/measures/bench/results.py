@@ -67,6 +67,11 @@ class Row:
         return self.spread is not None and self.spread > WIDE
 
     @property
+    def roofline(self) -> float | None:
+        """The share of what the machine's peaks allow; above 1 they were measured too low, and tell nothing."""
+        return self.limit / self.median if self.limit is not None and self.median else None
+
+    @property
     def by(self) -> str:
         """What did it: the variant, or the backend of an engine, and the precision."""
         name = f"{self.variant}, {self.backend}" if self.backend else self.variant

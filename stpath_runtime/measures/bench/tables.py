@@ -46,7 +46,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             ""
             if row.relative_l2 is None
             else f"{row.relative_l2:.1e}".replace("0.0e+00", "0") + (f" to {row.parity}" * (len(against) > 1)),
-            "" if row.limit is None or row.median is None else f"{row.limit / row.median:.0%}",
+            "" if row.roofline is None else f"{row.roofline:.0%}" if row.roofline <= 1 else "peak too low",
         ]
         for row in rows
     ]
@@ -98,6 +98,11 @@ def notes(results: Results) -> list[str]:
     if results.peaks and any(row.limit is not None for row in rows):
         gflops, gbytes, by = (results.peaks.get(name) for name in ("gflops", "gbytes", "by"))
         found.append(f"Roofline, float32: {gflops:.0f} GFLOP/s and {gbytes:.1f} GB/s here, measured by {by}.")
+    if beyond := sum((row.roofline or 0) > 1 for row in rows):
+        found.append(
+            f"Peak too low, in {beyond} of {len(rows)} rows: they were faster than the products that it was measured by, "
+            "as where something else ran beside those; measure again."
+        )
     if wide := sum(row.too_wide for row in rows):
         found.append(
             f"Spread too wide, above {WIDE:.0%}, in {wide} of {len(rows)} rows: something else ran; measure them again."

@@ -82,6 +82,15 @@ def test_a_spread_that_is_too_wide_says_so():
     assert "in 1 of 2 rows" in notes(results(narrow, wide))[-1]
 
 
+def test_a_peak_that_a_row_exceeds_tells_no_share():
+    peaks = {"gflops": 100.0, "gbytes": 10.0, "by": "numpy"}
+    below, at, above = (replace(A, spots=n, seconds=(1.0,), limit=limit) for n, limit in enumerate((0.74, 1.0, 1.1), 1))
+    names, cells = columns([below, at, above])
+    assert [line[names.index("of the roofline")] for line in cells] == ["74%", "100%", "peak too low"]
+    assert "in 1 of 3 rows: they were faster" in notes(results(below, at, above, peaks=peaks))[-1]
+    assert notes(results(below, at, peaks=peaks))[-1].startswith("Roofline")
+
+
 def test_a_table_has_the_columns_that_it_needs_and_names_what_parity_is_against():
     one = replace(A, seconds=(0.01234,), relative_l2=2e-7, parity="float64")
     names, cells = columns([one, replace(B, failed="too little memory")])
