@@ -100,7 +100,7 @@ def notes(results: Results) -> list[str]:
         found.append(f"Roofline, float32: {gflops:.0f} GFLOP/s and {gbytes:.1f} GB/s here, measured by {by}.")
     if beyond := sum((row.roofline or 0) > 1 for row in rows):
         found.append(
-            f"Peak too low, in {beyond} of {len(rows)} rows: they were faster than the products that it was measured by, "
+            f"Peak too low, in {beyond} of {len(rows)} rows: they were faster than the products it was measured by, "
             "as where something else ran beside those; measure again."
         )
     if wide := sum(row.too_wide for row in rows):
