@@ -1,11 +1,13 @@
-"""How long until the first result: imports, a cold load, the first call and warm calls, apart."""
+"""How long until the first result: imports, a cold load, the first call and warm calls, apart; and what is installed."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import Distribution, distribution
 
 import pytest
+from packaging.requirements import Requirement
 
 from stpath_runtime.measures.bench.alone import Task, run_alone
 from stpath_runtime.measures.bench.results import Row
@@ -19,6 +21,33 @@ STARTS = {
     "import stpath_runtime": ["-c", "import stpath_runtime"],
     "stpath --help": ["-m", "stpath_runtime", "--help"],
 }
+
+
+def test_installed(report):
+    """What `pip install 'stpath-engine[cpu]'` puts on the disk, by the files that pip noted; the largest are named."""
+    sizes = {each.name: size_of(each) for each in installed_with("stpath-engine", "cpu")}
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:4]
+    named = ", ".join(f"{name} {sizes[name] / 1e6:.0f}" for name in largest)
+    note = f"{sum(sizes.values()) / 1e6:.0f} MB in {len(sizes)} packages: {named}"
+    report([Row("installed, stpath-engine[cpu]", "pip", precision="", note=note)])
+
+
+def installed_with(package: str, extra: str) -> list[Distribution]:
+    """A package that is installed here with an extra, and all that it needs."""
+    found, waiting = {}, [(package, extra)]
+    for name, asked in waiting:  # which grows on the way
+        here = distribution(name)
+        found[here.name] = here
+        for needed in map(Requirement, here.requires or ()):
+            if needed.marker is None or needed.marker.evaluate({"extra": asked}):
+                waiting += [pair for each in ("", *needed.extras) if (pair := (needed.name, each)) not in waiting]
+    return list(found.values())
+
+
+def size_of(package: Distribution) -> int:
+    """Bytes of its files."""
+    files = (each.locate() for each in package.files or ())
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 @pytest.mark.parametrize("what", STARTS)

@@ -23,6 +23,7 @@ Floats = npt.NDArray[np.floating]
 Put = Callable[[slice, slice, Floats], None]  # spots, genes, values
 
 LARGE = 2 << 30  # bytes of X above which zarr is the default
+HELD = 64 << 20  # bytes of a result without X, up to which it is held in memory to be written
 ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}  # how anndata marks a dense matrix
 TABLE, SHAPES = "stpath", "spots"  # elements of a SpatialData
 PROVENANCE = "uns/stpath"
@@ -129,11 +130,23 @@ def _write_hdf5(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Pu
 def _write_zarr(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Put]:
     import anndata.io
     import zarr
+    from zarr.storage import MemoryStore
 
-    group = zarr.open_group(path, mode="w", zarr_format=2)  # that every anndata reads
-    anndata.io.write_elem(group, "/", frame)
-    yield _zarr_x(group, frame, dtype)
+    files: dict[str, Any] = {}  # by their names; where they are small, as zarr takes a millisecond or more for each
+    store = MemoryStore(files) if _bytes(frame) < HELD else path
+    anndata.io.write_elem(
+        zarr.open_group(store, mode="w", zarr_format=2), "/", frame
+    )  # format 2: every anndata reads it
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content.to_bytes())
+    yield _zarr_x(zarr.open_group(path, mode="r+", zarr_format=2), frame, dtype)
     zarr.consolidate_metadata(path, zarr_format=2)
+
+
+def _bytes(frame: AnnData) -> int:
+    """Bytes of what grows with the spots; what does not tell its size, as a table of another program, counts as large."""
+    return sum(getattr(part, "nbytes", HELD) for part in (*frame.obsm.values(), *frame.layers.values()))
 
 
 @contextmanager

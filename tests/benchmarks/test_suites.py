@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def test_at_tiny_sizes(tiny_engine, tiny_checkpoint, tmp_path):
     assert {"read", "encode", "decode", "write", "load", "first call", "warm call", "stpath --help", "open_lazy"} <= {
         row.what for row in results.rows
     }
+    size = next(row.note for row in results.rows if row.what == "installed, stpath-engine[cpu]")
+    assert re.fullmatch(r"\d{3} MB in \d\d packages: scipy \d+, .*", size)
 
 
 @pytest.mark.parametrize(("precision", "error"), [("fp32", 1.1e-5), ("fp32", float("nan")), ("bf16", 0.06)])

@@ -8,6 +8,7 @@ import sys
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy
 import spatialdata
@@ -18,6 +19,7 @@ from stpath_runtime import Context, Engine, InputError
 from stpath_runtime.cli.app import main
 from stpath_runtime.encoding import encoder
 from stpath_runtime.files import remove, written_whole
+from stpath_runtime.results import output
 from stpath_runtime.results.output import Format, is_prediction
 from stpath_runtime.results.targets import sized
 from stpath_runtime.slides.slide import Patch, Slide
@@ -92,6 +94,23 @@ def test_chunks_serve_one_gene_and_one_region(engine, slide, tmp_path):
         assert file["X"].chunks == (1024, 200)
     x = zarr.open_group(tmp_path / "p.zarr", mode="r")["X"]
     assert (x.chunks, x.compressors[0].cname) == ((1024, 200), "lz4")
+
+
+def test_zarr_is_the_same_whether_it_is_held_in_memory_before_or_not(engine, slide, tmp_path, monkeypatch):
+    """A table in obsm, which tells no bytes, is written straight away."""
+    (prediction,) = engine.predict_many([slide], embeddings=True)
+    files = {}
+    for name, held in {"held": output.HELD, "straight": 0}.items():
+        monkeypatch.setattr(output, "HELD", held)
+        prediction.write(tmp_path / name, Format.ZARR)
+        paths = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        files[name] = {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in paths}
+    assert files["held"] == files["straight"]
+    monkeypatch.undo()
+    monkeypatch.setattr(zarr.storage, "MemoryStore", None)
+    prediction.frame.obsm["of_others"] = pd.DataFrame({"a": np.arange(2500.0)}, index=prediction.frame.obs_names)
+    prediction.write(tmp_path / "table", Format.ZARR)
+    assert anndata.read_zarr(tmp_path / "table").obsm["of_others"]["a"].tolist() == list(range(2500))
 
 
 @pytest.mark.parametrize("patch", [None, Patch(224, 20.0, 448, 40.0)])
