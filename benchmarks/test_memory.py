@@ -65,7 +65,8 @@ def test_the_budget_is_kept(report, engine_path, engines, size, attention, k, sp
         try:
             found = run_alone(replace(task, spots=size(spots), memory=budget))
         except BackendError as error:
-            assert "the least that works is" in str(error)
+            if "the least that works is" not in str(error):
+                raise
             report([replace(row, failed=str(error))])
             continue
         taken = (found.peak - found.features) - (base.peak - base.features)

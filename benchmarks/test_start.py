@@ -1,4 +1,4 @@
-"""How long until the first result: imports, a cold load, the first call and warm calls, apart; and what is installed."""
+"""How long until the first result: imports, a cold load, first and warm calls, apart; and what is installed."""
 
 from __future__ import annotations
 

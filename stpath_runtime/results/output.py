@@ -145,7 +145,7 @@ def _write_zarr(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Pu
 
 
 def _bytes(frame: AnnData) -> int:
-    """Bytes of what grows with the spots; what does not tell its size, as a table of another program, counts as large."""
+    """Bytes of what grows with the spots; a table of another program, which does not tell its own, counts as large."""
     return sum(getattr(part, "nbytes", HELD) for part in (*frame.obsm.values(), *frame.layers.values()))
 
 
