@@ -63,6 +63,24 @@ def test_a_model_that_does_not_fit_the_store_is_refused(tiny, store, tiny_engine
         refused(*model, narrow, f"features {width} wide; those of .* are 8")
 
 
+@pytest.mark.parametrize(("spots", "genes"), [(2_000, 7), (40, 1), (2, 3)])
+def test_ridge_is_that_of_scikit_learn(spots, genes):
+    """As HEST-bench calls it, with an intercept, but for the step at which rounding ends LSQR."""
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((spots, 60)) @ rng.standard_normal((60, 60))
+    expression = np.log1p(rng.poisson(np.exp(features[:, :1] / 9 + rng.random(genes))))
+    components = min(60, spots)
+    ridge = Ridge(alpha=100 / (components * genes), solver="lsqr", max_iter=1000)
+    pipeline = make_pipeline(StandardScaler(), PCA(components, random_state=0), ridge).fit(features, expression)
+    wanted = pipeline.predict(features).reshape(-1, genes)
+    assert relative_l2(fit_ridge(features, expression, seed=0)(features), wanted) < 1e-3
+
+
 def test_mean_and_ridge_of_made_up_data():
     rng = np.random.default_rng(0)
     features = rng.standard_normal((200, 5)) * [1, 2, 3, 4, 5]
