@@ -6,8 +6,8 @@ import copy
 from functools import partial
 from pathlib import Path
 
-from stpath_runtime.errors import OptionError, OutputError, VocabularyError
-from stpath_runtime.files import require_writable, sha256
+from stpath_runtime.errors import OptionError, VocabularyError
+from stpath_runtime.files import sha256
 from stpath_runtime.manifest import SCHEMA, Manifest
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.vocabulary import GeneVocabulary
@@ -18,7 +18,7 @@ from stpath_train.model import STPath
 from .proof import Report, prove
 from .stages import graphs
 from .stflow.exporter import export_flow
-from .writing import DTYPES, publish, write_files
+from .writing import DTYPES, publish, require_free, write_files
 
 ENCODERS = {1536: "Gigapath tile features"}  # by width
 
@@ -64,9 +64,7 @@ def export_engine(
             "precision bf16: the proof of such an engine runs on a GPU; give --device cuda:0, or for bfloat16 on a CPU "
             "export with --precision fp32 and run with --backend openvino --precision bf16"
         )
-    if out.exists():
-        raise OutputError(f"{out}: exists already; remove it or choose another folder")
-    require_writable(out)
+    require_free(out)
     if is_flow_checkpoint(read_state_dict(checkpoint)[0]):
         return export_flow(checkpoint, out, config, genes, precision, on_step, device)
     if config is not None:

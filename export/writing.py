@@ -16,7 +16,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from stpath_runtime.files import sha256, written_whole
+from stpath_runtime.errors import OutputError
+from stpath_runtime.files import require_writable, sha256, written_whole
 from stpath_runtime.manifest import GENES, WEIGHTS, FlowManifest, Manifest
 from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.vocabulary import GeneVocabulary
@@ -57,6 +58,19 @@ class SharedWeights:
             shape=ir.Shape(tensor.shape.numpy()),
             name=name,
         )
+
+
+def require_free(out: Path) -> None:
+    """Check that nothing is at `out`, and that it can be written.
+
+    Raises
+    ------
+    InputError
+        If it is not so.
+    """
+    if out.exists():
+        raise OutputError(f"{out}: exists already; remove it or choose another folder")
+    require_writable(out)
 
 
 def publish(out: Path, write: Callable[[Path], Manifest | FlowManifest], prove: Callable[[Path], Report]) -> Report:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from stpath_runtime.errors import OptionError, OutputError
-from stpath_runtime.files import require_writable, sha256, written_whole
+from stpath_runtime.errors import OptionError
+from stpath_runtime.files import sha256, written_whole
 from stpath_runtime.images.encoder import require_width
 from stpath_runtime.machine import installed
 from stpath_runtime.manifest import (
@@ -25,7 +25,7 @@ from stpath_runtime.progress import OnTile
 from stpath_runtime.slides.slide import PUBLISHED_MICRONS
 from stpath_train.encoders import EncoderModel, find_encoder
 
-from ..writing import OPSET, SharedWeights
+from ..writing import OPSET, SharedWeights, require_free
 from .graph import Parts
 from .proof import Report, prove, require_passed
 
@@ -64,19 +64,6 @@ def export_encoder(
     """
     require_free(out)
     return publish_encoder(find_encoder(name), out, precision, engine, on_step)
-
-
-def require_free(out: Path) -> None:
-    """Check that nothing is at `out`, and that it can be written.
-
-    Raises
-    ------
-    InputError
-        If it is not so.
-    """
-    if out.exists():
-        raise OutputError(f"{out}: exists already; remove it or choose another folder")
-    require_writable(out)
 
 
 def publish_encoder(

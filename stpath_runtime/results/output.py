@@ -134,9 +134,8 @@ def _write_zarr(frame: AnnData, path: Path, dtype: np.dtype[Any]) -> Iterator[Pu
 
     files: dict[str, Any] = {}  # by their names; where they are small, as zarr takes a millisecond or more for each
     store = MemoryStore(files) if _bytes(frame) < HELD else path
-    anndata.io.write_elem(
-        zarr.open_group(store, mode="w", zarr_format=2), "/", frame
-    )  # format 2: every anndata reads it
+    group = zarr.open_group(store, mode="w", zarr_format=2)  # that every anndata reads
+    anndata.io.write_elem(group, "/", frame)
     for name, content in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content.to_bytes())
