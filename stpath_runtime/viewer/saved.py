@@ -29,7 +29,7 @@ from .shown import Shown
 from .statistics import Embedded, Floats
 from .tissue import TILE, Tissue
 
-MODULES = ("colours.js", "map.js", "tables.js")  # what main.js imports
+MODULES = ("colours.js", "files.js", "map.js", "search.js", "stage.js", "state.js", "tables.js")  # what is imported
 MOST_HALF = 4_000  # genes whose weights are kept in float16; of more in 8 bits
 MOST_SPOTS = 50_000  # that a browser takes as one page
 PICTURE = 2_048  # pixels of the tissue's longer side, at most
@@ -127,19 +127,24 @@ def _page(
 ) -> str:
     page = (PAGE / "index.html").read_text(encoding="utf-8")
     style = (PAGE / "style.css").read_text(encoding="utf-8")
-    imports = {f"./{name}": _data("text/javascript", (PAGE / name).read_bytes()) for name in MODULES}
+    imports = {f"page/{name}": _data("text/javascript", _script(name).encode()) for name in MODULES}
     parts = [f'<script type="importmap">{_json({"imports": imports})}</script>']
     parts += [f'<script type="application/json" id="data-{name}">{_json(value)}</script>' for name, value in
               (("info", info), ("names", names))]  # fmt: skip
     for name, content in (*((name, array.tobytes()) for name, array in arrays.items()), ("tissue", jpeg)):
         parts.append(f'<script type="text/plain" id="data-{name}">{base64.b64encode(content).decode()}</script>')
     for name in ("saved.js", "main.js"):
-        parts.append(f'<script type="module">{(PAGE / name).read_text(encoding="utf-8")}</script>')
+        parts.append(f'<script type="module">{_script(name)}</script>')
     page = re.sub(r'<link rel="stylesheet"[^>]*>', lambda _: f"<style>{style}</style>", page)
     page = re.sub(r"<title>.*?</title>", lambda _: f"<title>{html.escape(str(info['name']))}</title>", page)
     page = page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">')  # fmt: skip  # noqa: E501
     page = re.sub(r'<script type="module" src="page/main.js"></script>\n', "", page)
     return page.replace("</body>", "\n".join(parts) + "\n</body>")
+
+
+def _script(name: str) -> str:
+    """A module that imports others by the names of the import map: those in data URLs have no place to start from."""
+    return (PAGE / name).read_text(encoding="utf-8").replace('from "./', 'from "page/')
 
 
 def _json(value: object) -> str:

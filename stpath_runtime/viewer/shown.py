@@ -5,6 +5,7 @@ With the engine that predicted it, all genes come from the embeddings that the f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -249,10 +250,10 @@ def _stored_genes(var: Any, path: Path) -> Genes:
     """The genes of a file: by the names of its columns, and by Ensembl ids where it has them."""
     names = [str(name) for name in var.index]
     ids = [str(gene) for gene in var["gene_ids"]] if "gene_ids" in var else names
-    if len(set(ids)) != len(ids) or len(set(names)) != len(names):
-        ids, repeated = names, sorted({name for name in names if names.count(name) > 1})[:3]
-        if len(set(names)) != len(names):
-            raise PredictionError(f"{path}: genes of the same name ({', '.join(repeated)}); make them unique first")
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise PredictionError(f"{path}: genes of the same name ({', '.join(repeated[:3])}); make them unique first")
+    if len(set(ids)) != len(ids):
+        ids = names
     return Genes(names, GeneVocabulary(ids, names, [()] * len(names)), path)
 
 

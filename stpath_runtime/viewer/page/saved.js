@@ -1,5 +1,7 @@
 // The numbers of a prediction, from this page itself: what stpath_runtime/viewer/saved.py wrote into it.
 
+import { csv } from "./files.js";
+
 const text = (name) => document.getElementById(`data-${name}`)?.textContent ?? "";
 
 function bytes(name) {
@@ -147,13 +149,11 @@ globalThis.stpathSource = {
   },
   tile: async () => new Blob([jpeg], { type: "image/jpeg" }),
   table: async (shown) => {
-    const safe = (name) => (/^[=+\-@\t\r]/.test(name) ? `'${name}` : name);
-    const quoted = (name) => `"${safe(String(name)).replaceAll('"', '""')}"`;
     const values = shown.map(gene);
     const lines = Array.from({ length: spots }, (_, s) => {
       const inside = Object.keys(regions).filter((name) => regions[name].has(s)).join("; ");
-      return [s, coords[2 * s] - offset, coords[2 * s + 1] - offset, ...values.map((each) => each[s].toPrecision(6)), quoted(inside)].join(",");
+      return [s, coords[2 * s] - offset, coords[2 * s + 1] - offset, ...values.map((each) => Number(each[s].toPrecision(6))), inside];
     });
-    return new Blob([[["spot", "x", "y", ...shown.map(quoted), "region"].join(","), ...lines].join("\n") + "\n"], { type: "text/csv" });
+    return csv([["spot", "x", "y", ...shown, "region"], ...lines]);
   },
 };

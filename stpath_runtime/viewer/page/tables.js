@@ -1,6 +1,10 @@
 // The named regions, the table of the chosen one's genes, and the genes that go with the shown one.
 
-export function tables({ state, source, by, draw, save, guarded, showGenes, colours }) {
+import { ofRegions as colours } from "./colours.js";
+import { csv, save } from "./files.js";
+import { by, guarded, state } from "./state.js";
+
+export function tables({ source, draw, showGenes }) {
   let rows = [], sorted = { by: "effect", up: false }, alikeOf = null;
 
   function cell(row, text) {
@@ -139,9 +143,8 @@ export function tables({ state, source, by, draw, save, guarded, showGenes, colo
     showAlike(state.genes[0]);
   });
   by("save-region").addEventListener("click", () => {
-    const quoted = (text) => `"${String(text).replaceAll('"', '""')}"`;
-    const lines = rows.map((row) => [quoted(row.name), row.inside, row.against, row.difference, row.effect ?? ""].join(","));
-    save(new Blob([["gene,inside,against,difference,effect", ...lines].join("\n") + "\n"], { type: "text/csv" }), "region.csv");
+    const lines = rows.map((row) => [row.name, row.inside, row.against, row.difference, row.effect]);
+    save(csv([["gene", "inside", "against", "difference", "effect"], ...lines]), "region.csv");
   });
 
   return {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import re
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -136,6 +138,28 @@ def test_another_gene_changes_the_map_and_its_name_is_completed(page):
     assert (np.abs(pixels(page) - before).max(axis=2) > 20).mean() > 0.05
 
 
+def test_a_second_map_shows_the_whole_slide_unless_one_has_moved(page, predicted):
+    def corners() -> list[tuple[float, float]]:
+        page.wait_for_timeout(200)
+        places = predicted.obsm["spatial"]
+        return [on_screen(page, corner) for corner in (places.min(axis=0), places.max(axis=0))]
+
+    take(page, "GENE4")
+    (left, _), (right, _) = corners()
+    take(page, "GENE6", "#second")
+    (left_of_two, _), (right_of_two, _) = corners()
+    assert right_of_two - left_of_two < page.locator("#stage").bounding_box()["width"] / 2
+    page.click("[data-pair=colours]")
+    assert [x for x, _ in corners()] == pytest.approx([left, right], abs=1)
+    page.click("#stage", position={"x": 5, "y": 5})
+    page.keyboard.press("+")
+    page.wait_for_timeout(200)
+    moved = kept(page)["view"]
+    page.click("[data-pair=side]")
+    page.wait_for_timeout(200)
+    assert kept(page)["view"] == moved
+
+
 def test_a_gene_that_is_not_there_is_told_on_the_page(browser, client):
     watched = Watched(browser, client.base)
     page = watched.open(client.address)
@@ -226,17 +250,25 @@ def test_coexpressed_genes_are_listed(page, every_gene, loaded):
     assert "correlate more than measured" in page.inner_text("#alike-panel")
 
 
-@pytest.mark.parametrize(("button", "ending"), [("#picture", ".png"), ("#table", ".csv")])
-def test_what_is_seen_can_be_saved(page, button, ending, tmp_path):
-    with page.expect_download() as download:
+def download(page, button: str, path: Path) -> str:
+    """What a click saves, written to `path`; the name that it has."""
+    with page.expect_download() as waited:
         page.click(button)
-    assert download.value.suggested_filename.endswith(ending)
-    download.value.save_as(tmp_path / "saved")
-    if ending == ".png":
-        with Image.open(tmp_path / "saved") as picture:
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
-    else:
-        assert len((tmp_path / "saved").read_text().splitlines()) == SPOTS + 1
+    waited.value.save_as(path)
+    return waited.value.suggested_filename
+
+
+def saved_table(page, button: str, folder: Path) -> list[list[str]]:
+    download(page, button, folder / "table.csv")
+    with (folder / "table.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_what_is_seen_can_be_saved(page, tmp_path):
+    assert download(page, "#picture", tmp_path / "saved.png").endswith(".png")
+    with Image.open(tmp_path / "saved.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+    assert len(saved_table(page, "#table", tmp_path)) == SPOTS + 1
 
 
 def test_names_from_the_file_are_text(browser, predicted, tmp_path):
@@ -256,6 +288,23 @@ def test_names_from_the_file_are_text(browser, predicted, tmp_path):
         assert page.locator("img, b").count() == 0
         page.close()
         assert watched.wrong == []
+
+
+def test_the_table_of_a_region_holds_no_formula(browser, predicted, tmp_path):
+    adata = predicted[:, :2].copy()
+    adata.var_names = ["=1+2", 'B, "b"']
+    del adata.var["gene_ids"]
+    adata.write_h5ad(tmp_path / "p.h5ad")
+    with open_shown(tmp_path / "p.h5ad") as shown, served(shown) as address:
+        page = Watched(browser, Client(address).base).open(address)
+        draw_circle(page, adata.obsm["spatial"].mean(axis=0), 600)
+        header, *rows = saved_table(page, "#save-region", tmp_path)
+        shown_rows = [row.split("\t") for row in page.locator("#genes tr").all_inner_texts()]
+        page.close()
+    assert header == ["gene", "inside", "against", "difference", "effect"]
+    assert sorted(row[0] for row in rows) == ["'=1+2", 'B, "b"']
+    for row, seen in zip(rows, shown_rows, strict=True):
+        assert [float(cell) for cell in row[1:]] == pytest.approx([float(cell) for cell in seen[1:]], abs=6e-4)
 
 
 def test_when_the_viewer_has_ended_the_page_says_so(browser, shown):
@@ -281,7 +330,7 @@ def saved(request, browser, shown, tmp_path, monkeypatch):
     assert watched.wrong == []
 
 
-def test_a_saved_page_needs_no_server(saved, predicted, every_gene, loaded):
+def test_a_saved_page_needs_no_server(saved, predicted, every_gene, loaded, tmp_path):
     page, near = saved
     take(page, "GENE7")
     exact = every_gene[:, loaded.vocabulary.find("GENE7") - 2]
@@ -308,6 +357,12 @@ def test_a_saved_page_needs_no_server(saved, predicted, every_gene, loaded):
     others = spots_within(predicted.obsm["spatial"], kept(page)["regions"][1]["polygon"])
     page.locator("#region-title", has_text=f"against {len(others)}").wait_for()
     check()
+    header, *rows = saved_table(page, "#table", tmp_path)
+    assert header == ["spot", "x", "y", "GENE7", "region"]
+    table = np.array([row[:4] for row in rows], float)
+    np.testing.assert_allclose(table[:, 1:3], predicted.obsm["spatial"], rtol=1e-6)
+    np.testing.assert_allclose(table[:, 3], exact, atol=near)
+    assert [i for i, row in enumerate(rows) if "region 1" in row[4].split("; ")] == inside.tolist()
     page.click("[data-panel=alike]")
     page.wait_for_selector("#alike tr")
     name, r = page.locator("#alike tr").first.inner_text().split("\t")

@@ -82,6 +82,17 @@ def test_genes_of_one_name_are_refused(tmp_path):
         pass
 
 
+def test_genes_whose_ids_repeat_are_found_by_name(tmp_path):
+    """Of as many genes as the model has; a count of each name had taken a minute."""
+    names = [f"G{i}" for i in range(38_982)]
+    adata = AnnData(np.zeros((3, len(names)), np.float32), obsm={"spatial": np.eye(3, 2)})
+    adata.var_names = names
+    adata.var["gene_ids"] = "nan"
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with open_shown(tmp_path / "a.h5ad") as shown:
+        assert shown.genes.find("G38981") == 38_981
+
+
 @pytest.mark.parametrize(
     ("patch", "spot"),
     [
