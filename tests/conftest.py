@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
+from torch.onnx._internal.exporter._registration import onnxscript_apis
 
 import timm_here  # noqa: F401, before anything imports timm
 from helpers import (
@@ -159,8 +161,8 @@ def golden_engine(golden, tiny, tiny_engine, made_once) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _exporter_untraced() -> Iterator[None]:
-    """Coverage would follow every call in PyTorch's exporter, and an export would take twice as long."""
+def _fast_exporter() -> Iterator[None]:
+    """PyTorch's exporter, which coverage does not follow, and which lists its operators once, not for every graph."""
     export = torch.onnx.export
 
     def untraced(*args, **kwargs):
@@ -173,4 +175,5 @@ def _exporter_untraced() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", untraced)
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", cache(onnxscript_apis.get_torchlib_ops))
         yield
