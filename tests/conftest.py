@@ -27,6 +27,7 @@ from helpers import (
 )
 from stpath_export.encoders.exporter import export_encoder
 from stpath_export.exporter import export_engine, write_engine
+from stpath_runtime.cli.app import main
 from stpath_train.checkpoint import seeded_checkpoint
 
 # A shell lets what it starts in the background ignore Ctrl-C, as nohup does SIGHUP, and so do all its children.
@@ -158,6 +159,18 @@ def golden_engine(golden, tiny, tiny_engine, made_once) -> Path:
         write_engine(golden.model, golden.vocabulary, folder / "engine", "fp32", source)
 
     return made_once(golden.name, fill) / "engine"
+
+
+@pytest.fixture
+def stpath(capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process: exit code, standard output, standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,7 +13,6 @@ from host_gpu import HostGpu
 from rtx_plans import OnnxRuntimePlan
 
 from stpath_runtime.backends.plan_builder import Build
-from stpath_runtime.cli.app import main
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +49,3 @@ def gpu(monkeypatch) -> HostGpu:
     monkeypatch.setattr(trt, "Runtime", lambda log: SimpleNamespace(deserialize_cuda_engine=load))
     gpu.plans_of = plans_of
     return gpu
-
-
-@pytest.fixture
-def stpath(capsys):
-    def run(*words) -> tuple[int, str, str]:
-        code = main([str(word) for word in words])
-        return code, *capsys.readouterr()
-
-    return run

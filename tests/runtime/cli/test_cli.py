@@ -28,18 +28,6 @@ from stpath_runtime.cli.app import main
 from stpath_train.checkpoint import load_checkpoint
 
 
-@pytest.fixture
-def stpath(capsys):
-    """Run the command line in this process: exit code, standard output, standard error."""
-
-    def run(*words) -> tuple[int, str, str]:
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def slide_file(tiny, tmp_path_factory):
     return write_slide(tiny.slides()[0][1], tmp_path_factory.mktemp("slides") / "s1.h5")
