@@ -6,7 +6,7 @@ T spots in a tile, M keys, F features, d width, G genes, R gene rows, P tokens; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +173,7 @@ class Graph:
 
     name: str
     module: nn.Module
+    layout: Hashable  #: beside the module's kind and ends, all that it is made of but its weights
     inputs: dict[str, Tensor]  #: examples, in the order of the module's arguments
     sizes: dict[str, dict[int, Any]]  #: input -> axis -> its size, a torch.export.Dim
     outputs: tuple[str, ...]
@@ -244,6 +245,7 @@ def _graph(model: STPath, name: str, module: nn.Module, inputs: str, outputs: st
     return Graph(
         name,
         module.eval(),
+        (model.config, dtype),
         {key: example for key, (example, _) in given.items()},
         {key: sizes for key, (_, sizes) in given.items()},
         tuple(outputs.split()),

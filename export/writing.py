@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -30,6 +30,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PASSED_ON = ("k", "v", "k_next", "v_next")  # from stage to stage, as they are
 SHARED_FROM_BYTES = 1024  # smaller tensors stay in the graph, where every tool can fold them
 ALIGNMENT = 64
+_traces: dict[Hashable, ir.Model] = {}  # without their weights, not yet optimized; tracing is what an export waits for
 LIBRARIES = ("stpath-engine", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
 
 
@@ -126,20 +127,7 @@ def write_files(
 
 def write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
     """Write a graph into a folder, and its larger weights into their file."""
-    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
-        warnings.simplefilter("ignore")  # notes of the exporter about itself
-        program = torch.onnx.export(
-            graph.module,
-            tuple(graph.inputs.values()),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            dynamic_shapes=tuple(graph.sizes.values()),
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model
+    model = _traced(graph)
     _widen_ends(model)
     _tidy(model)
     for value in model.graph.initializers.values():
@@ -147,6 +135,42 @@ def write_graph(graph: Graph, weights: SharedWeights, directory: Path) -> None:
         if tensor is not None and tensor.nbytes >= SHARED_FROM_BYTES:
             value.const_value = weights.add(tensor, value.name or "")
     ir.save(model, directory / f"{graph.name}.onnx")
+
+
+def _traced(graph: Graph) -> ir.Model:
+    """A module as an ONNX model, optimized; modules that differ in their weights alone are traced once."""
+    layout = (type(graph.module).__name__, *graph.inputs, graph.outputs, graph.layout)
+    tensors = graph.module.state_dict()
+    with warnings.catch_warnings(), _quiet("torch.onnx"), torch.no_grad():
+        warnings.simplefilter("ignore")  # notes of the exporter about itself, and about weights that have two names
+        if layout not in _traces:
+            _traces[layout] = _trace(graph)
+        program = torch.onnx.ONNXProgram(_traces[layout].clone(), None)
+        program.apply_weights(tensors)
+        named = {tensors[name].data_ptr() for name in tensors.keys() & program.model.graph.initializers.keys()}
+        if named != {tensor.data_ptr() for tensor in tensors.values()}:
+            raise AssertionError(f"{graph.name}: its trace does not hold all of its weights by name")
+        program.optimize()  # not before: it folds what is computed of weights
+    return program.model
+
+
+def _trace(graph: Graph) -> ir.Model:
+    """A module's operators, with the names of its weights."""
+    program = torch.onnx.export(
+        graph.module,
+        tuple(graph.inputs.values()),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=list(graph.inputs),
+        output_names=list(graph.outputs),
+        dynamic_shapes=tuple(graph.sizes.values()),
+        verbose=False,
+        optimize=False,
+    )
+    assert program is not None
+    for name in graph.module.state_dict().keys() & program.model.graph.initializers.keys():
+        program.model.graph.initializers[name].const_value = None
+    return program.model
 
 
 def _widen_ends(model: ir.Model) -> None:

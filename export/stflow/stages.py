@@ -242,6 +242,7 @@ def graphs(model: STFlow, dtype: torch.dtype) -> list[Graph]:
         return Graph(
             name,
             module.eval(),
+            (config, dtype),
             {key: example for key, (example, _) in given.items()},
             {key: sizes for key, (_, sizes) in given.items()},
             tuple(outputs),
