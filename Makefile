@@ -16,10 +16,11 @@ demo: $(INSTALLED)
 demo-checkpoint: $(INSTALLED)
 	$(BIN)/python -m stpath_train.demo_checkpoint demo-checkpoint
 
-# One thread for each of the two processes: with more they wait for each other.
+# One thread for each of the two processes: with more they wait for each other. A file of tests has one process, which
+# traces the graphs that its exports share once.
 test: $(INSTALLED)
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered
 	@printf 'stpath_runtime alone, in percent: '
@@ -27,7 +28,7 @@ test: $(INSTALLED)
 
 # The runtime with the lowest versions that pyproject.toml allows of what it needs, laid over those of all the rest.
 test-lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(LOWEST) $(BIN)/pytest -n 2 tests/runtime
+	OMP_NUM_THREADS=1 PYTHONPATH=$(LOWEST) $(BIN)/pytest -n 2 --dist loadfile tests/runtime
 
 # The same faults many more times: mutated files, and runs that are killed.
 test-soak: $(INSTALLED)

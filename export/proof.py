@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from stpath_runtime.checks import check_slide
 from stpath_runtime.encoding import encoder
 from stpath_runtime.encoding.attention import AllSpots, Attention, NearestSpots, Spots, keys_of
-from stpath_runtime.engine import Engine, check_slide
+from stpath_runtime.engine import Engine
 from stpath_runtime.errors import ParityError
 from stpath_runtime.measures.agreement import gene_pearson, relative_l2
 from stpath_runtime.progress import OnTile

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine, require_stpath
+from .checks import require_stpath
+from .engine import Engine
 from .errors import CheckpointError, ContextError, FileError, VocabularyError, warn
 from .files import sha256
 from .slides.context import Context
@@ -56,7 +57,7 @@ class STPathInference:
         genes = Path(gene_voc_path) if gene_voc_path is not None else None
         engine = path if path.is_dir() else _exported_once(path, genes)
         self.engine = Engine.load(engine, device=_device(device))
-        require_stpath(self.engine, "STPathInference")
+        require_stpath(self.engine.path, self.engine.manifest, "STPathInference")
         if genes is not None and GeneVocabulary.read(genes).ensembl_ids != self.engine.vocabulary.ensembl_ids:
             raise VocabularyError(
                 f"{genes}: other genes than those of the engine {engine}; give the vocabulary it was made with"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine, check_embedding, require_made_by, require_stpath
+from .checks import check_embedding, require_made_by, require_stpath
+from .engine import Engine
 from .errors import PredictionError, warn
 from .progress import OnTile
 from .readers import opened
@@ -58,14 +59,14 @@ def add_genes(
     import pandas as pd
     from anndata import AnnData
 
-    require_stpath(engine, "stpath decode")
+    require_stpath(engine.path, engine.manifest, "stpath decode")
     with open_prediction(prediction, pictures=True) as (found, x):
         if target == prediction:
             _require_nothing_lost(prediction, found.var.columns)
         embedding = found.obsm.get(EMBEDDING)
         if embedding is None:
             raise PredictionError(f"{prediction}: keeps no embedding; predict it again with --embeddings")
-        require_made_by(engine, found.uns["stpath"], prediction)
+        require_made_by(engine.path, engine.hash(), found.uns["stpath"], prediction)
         embedding = check_embedding(embedding, f"{prediction}: obsm[{EMBEDDING!r}]", engine.manifest)
         panel = engine.vocabulary.panel(genes)
         ids = np.array(panel.gene_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends import open_backend
+from .checks import check_embedding, check_slide
 from .encoding.attention import Attention, Spots, keys_of
 from .encoding.backend import Backend
 from .encoding.encoder import decode, encode
-from .errors import EngineError, FeaturesError, OptionError, PredictionError, SlideError, warn
+from .errors import EngineError, OptionError, warn
 from .files import sha256
 from .machine import parse_bytes
-from .manifest import GENES, MANIFEST, FlowManifest, Manifest, read_engine
+from .manifest import GENES, MANIFEST, Manifest, read_engine
 from .progress import OnTile
-from .readers import keys_of_width
 from .results.prediction import EMBEDDING, Prediction, attended, new_frame, provenance
 from .slides.context import Context, ContextRows
 from .slides.slide import Slide, by_section
@@ -442,83 +442,3 @@ class Engine:
         keys = keys_of(slides, spots, model, self.precision, attention)
         embedding = encode(self.backend, model, self.precision, spots, keys, size, on_tile=on_tile)
         return np.split(embedding, np.cumsum([len(slide) for slide in slides])[:-1])
-
-
-def check_slide(slide: Slide, manifest: Manifest | FlowManifest) -> None:
-    """Check that this is a Slide, and that its features have the width that the engine expects.
-
-    Raises
-    ------
-    InputError
-        If it is not.
-    """
-    if not isinstance(slide, Slide):
-        raise SlideError(
-            f"expected a Slide, not {type(slide).__name__}; make one with read_slide(path) or Slide.from_anndata(adata)"
-        )
-    width, expected = slide.features.shape[1], manifest.model.n_features
-    if width != expected:
-        fix = "compute the features with that encoder"
-        if keys := keys_of_width(slide.name, expected):
-            fix = f"{', '.join(map(repr, keys))} in the file has that width: name it with --features-key {keys[0]}"
-        raise FeaturesError(
-            f"{slide.name}: the features are {width:,} wide; the engine expects {expected:,} "
-            f"({manifest.encoder}); {fix}"
-        )
-
-
-def check_embedding(embedding: npt.NDArray[Any], name: str, manifest: Manifest) -> npt.NDArray[Any]:
-    """Check that an embedding has the width of the engine's model.
-
-    Raises
-    ------
-    InputError
-        If it is not.
-    """
-    d_model = manifest.model.d_model
-    embedding = np.asarray(embedding)
-    if embedding.ndim != 2 or embedding.shape[1] != d_model or embedding.dtype.kind != "f":
-        raise PredictionError(
-            f"{name}: {embedding.dtype} of shape {list(embedding.shape)}; this engine's is float [N, {d_model}]"
-        )
-    return embedding
-
-
-def require_stpath(engine: Engine, what: str) -> None:
-    """Check that an engine is STPath's, and not STFlow's.
-
-    Parameters
-    ----------
-    what
-        What takes STPath's only, for the message.
-
-    Raises
-    ------
-    InputError
-        If it is not.
-    """
-    if isinstance(engine.manifest, FlowManifest):
-        raise EngineError(
-            f"{engine.path}: an STFlow engine; {what} is of STPath engines, whose embeddings and attention it is about"
-        )
-
-
-def require_made_by(engine: Engine, facts: Mapping[str, Any], path: Path) -> None:
-    """Check that an engine made a prediction, by its provenance `uns["stpath"]`.
-
-    Raises
-    ------
-    InputError
-        If another engine did, or the prediction does not say which.
-    """
-    made_by = facts.get("engine")
-    if made_by is None:
-        raise PredictionError(
-            f"{path}: does not say which engine made it (uns['stpath'] is gone, as after anndata.concat without "
-            "uns_merge); take the parts that it was joined of, or predict it again"
-        )
-    if made_by != engine.hash():
-        raise PredictionError(
-            f"{path}: predicted by another engine ({str(made_by)[:12]}…, not {engine.path}, {engine.hash()[:12]}…); "
-            "give that one, or predict it again with this one"
-        )

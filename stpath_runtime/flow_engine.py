@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from .engine import Engine, check_slide
+from .checks import check_slide
+from .engine import Engine
 from .errors import EngineError, OptionError
 from .machine import parse_bytes
 from .manifest import FlowManifest

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stpath_runtime.engine import Engine, check_slide
+from stpath_runtime.checks import check_slide
+from stpath_runtime.engine import Engine
 from stpath_runtime.errors import EngineError
 from stpath_runtime.flow_engine import FlowEngine
 from stpath_runtime.progress import OnTile

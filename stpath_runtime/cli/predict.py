@@ -198,7 +198,7 @@ def _slides(
     sections: str | None,
 ) -> Iterator[tuple[Slide, dict[str, Any]]]:
     """Each slide, and of an image its tissue; files of features are all read first: a fault of one is named at once."""
-    from ..engine import check_slide
+    from ..checks import check_slide
     from ..images.slide import ImageSlides
     from ..readers import read_slide
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..engine import Engine, require_stpath
+from ..checks import require_stpath
+from ..engine import Engine
 from ..errors import EncoderError
 from ..images.encoder import TileEncoder, Tiles
 from ..slides.slide import Slide
@@ -76,7 +77,7 @@ class STPath(_Model):
         features_model_name: str = "gigapath",
     ) -> None:
         self.model = engine if isinstance(engine, Engine) else Engine.load(engine)
-        require_stpath(self.model, "STPath in LazySlide")
+        require_stpath(self.model.path, self.model.manifest, "STPath in LazySlide")
         self.name, self.features_model_name = "stpath", features_model_name
         self._panel = self.model.vocabulary.panel(genes)
         self._all = genes is None

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..checks import require_stpath
 from ..encoding.attention import Attention
 from ..encoding.sizes import GENES_AT_ONCE
-from ..engine import Engine, require_stpath
+from ..engine import Engine
 from ..errors import InputWarning
 from ..files import written_whole
 from ..names import shown
@@ -64,7 +65,7 @@ def measure_fidelity(
     on_step
         Called with (done, total) after each k.
     """
-    require_stpath(engine, "stpath fidelity")
+    require_stpath(engine.path, engine.manifest, "stpath fidelity")
     model = engine.manifest.model
     engine.embed(Slide(slide.coords[:1], slide.features[:1]))  # loads the graphs: not a part of the times
     seconds, exact = _timed(engine, slide, memory)

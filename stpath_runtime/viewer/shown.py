@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..checks import check_embedding, require_made_by
 from ..encoding.neighbors import usual_distance
-from ..engine import Engine, check_embedding, require_made_by
+from ..engine import Engine
 from ..errors import GeneError, PredictionError
 from ..images.reading import open_image
 from ..results.output import DEVIATION
@@ -185,7 +186,7 @@ def open_shown(path: Path, engine: Engine | None = None, image: Path | None = No
             raise PredictionError(f"{path}: obsm['spatial'] has no two finite numbers at spot {bad}; predict it again")
         embedding, facts = frame.obsm.get(EMBEDDING), dict(frame.uns.get("stpath", {}))
         if engine is not None and embedding is not None:
-            require_made_by(engine, facts, path)
+            require_made_by(engine.path, engine.hash(), facts, path)
             embedding = check_embedding(embedding, f"{path}: obsm[{EMBEDDING!r}]", engine.manifest)
             names = engine.vocabulary.names(engine.vocabulary.all_tokens().tolist())
             genes = Genes(names, engine.vocabulary, engine.path)
