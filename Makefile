@@ -20,7 +20,7 @@ demo-checkpoint: $(INSTALLED)
 # traces the graphs that its exports share once.
 test: $(INSTALLED)
 	$(BIN)/coverage erase
-	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report --skip-covered
 	@printf 'stpath_runtime alone, in percent: '
@@ -28,7 +28,7 @@ test: $(INSTALLED)
 
 # The runtime with the lowest versions that pyproject.toml allows of what it needs, laid over those of all the rest.
 test-lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(LOWEST) $(BIN)/pytest -n 2 --dist loadfile tests/runtime
+	OMP_NUM_THREADS=1 PYTHONPATH=$(LOWEST) $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/runtime
 
 # The same faults many more times: mutated files, and runs that are killed.
 test-soak: $(INSTALLED)

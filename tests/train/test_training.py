@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -445,6 +446,6 @@ def test_patients_do_not_stand_on_both_sides_and_counts_are_raw(tmp_path):
 
 
 def test_saved_weights_are_in_the_published_layout(tmp_path, tiny):
-    model = MaskedGeneModelling(tiny.model, Optimizer()).model
+    model = MaskedGeneModelling(copy.deepcopy(tiny.model), Optimizer()).model  # which makes it trainable
     save_checkpoint(model, tmp_path / "x.safetensors")
     same(load_checkpoint(tmp_path / "x.safetensors").state_dict(), tiny.model.state_dict())
