@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ ENCODER_INPUT = "patch_encoder_img_size"  # as TRIDENT calls what its encoder ta
 OURS = "preprocessing"  # an attribute of files that `stpath features` writes, which resizes nothing
 MOST_LINKS = 100_000
 HEAP = b"GCOL\x01\0\0\0"  # how a global heap begins, in which HDF5 keeps texts
+HEAP_OBJECT = struct.Struct("<H6xQ")  # its index and length
 LARGEST_SEARCHED = 2**30  # bytes
 TRIDENT = {
     "patch_size": PIXELS,
@@ -76,8 +78,7 @@ def _check_heaps(path: Path) -> None:
         while heap >= 0:
             at, end = heap + 16, min(heap + int.from_bytes(data[heap + 8 : heap + 16], "little"), size)
             while at + 16 <= end:
-                index = int.from_bytes(data[at : at + 2], "little")
-                length = int.from_bytes(data[at + 8 : at + 16], "little")
+                index, length = HEAP_OBJECT.unpack_from(data, at)
                 step = 16 + -(-length // 8) * 8 if index else length  # object 0 is what is free, its header included
                 if not 16 <= step <= end - at:
                     raise FileError(f"{path}: damaged (an object of {length:,} bytes in a heap of text); copy it again")

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
@@ -50,8 +50,12 @@ class PredictionStore(Store):
     __hash__ = None  # type: ignore[assignment]
 
     def __dask_tokenize__(self) -> tuple[str, int]:
-        """What tells it from others, for dask, which would pickle all of it to find that out."""
+        """What tells it from others, for dask."""
         return str(self), id(self.shown)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled, at once: dask tries, and would copy all embeddings before it failed."""
+        raise TypeError(f"{self} is open in this process alone; call open_lazy in each that reads it")
 
     def __str__(self) -> str:
         return f"prediction://{self.shown.path}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import anndata as ad
 import numpy as np
 import pytest
@@ -135,6 +137,11 @@ def test_anndata_reads_it_over_the_network(client, predicted, every_gene):
     adata = ad.experimental.read_lazy(zarr.open_group(store, mode="r", use_consolidated=True))
     np.testing.assert_allclose(adata.X.compute(), every_gene, atol=1e-5)
     assert list(adata.obs_names) == list(predicted.obs_names)
+
+
+def test_it_is_not_pickled(shown):
+    with pytest.raises(TypeError, match="open in this process alone; call open_lazy"):
+        pickle.dumps(zarr.open_array(PredictionStore(shown), path="X", mode="r"))
 
 
 def test_without_an_engine_the_genes_of_the_file_are_there(prediction, predicted):
