@@ -56,6 +56,7 @@ def create_app(shown: Shown, token: str, hosts: frozenset[str], beyond: bool = F
             Route("/api/info", viewer.info),
             Route("/api/genes", viewer.search),
             Route("/api/spots", viewer.spots),
+            Route("/api/spot/{position:int}", viewer.spot),
             Route("/api/gene/{name:path}", viewer.gene),
             Route("/api/region", viewer.region, methods=["POST"]),
             Route("/api/regions", viewer.keep_regions, methods=["PUT"]),
@@ -94,6 +95,13 @@ class Viewer:
     def spots(self, _: Request) -> Response:
         """Coordinates, float32 [N, 2]."""
         return _binary(self.shown.coords)
+
+    def spot(self, request: Request) -> Response:
+        """The name of a spot."""
+        position, spots = request.path_params["position"], len(self.shown)
+        if position >= spots:
+            raise OptionError(f"spot {position}: there are {spots:,}, from 0 to {spots - 1}")
+        return JSONResponse({"name": self.shown.spot_names[position]})
 
     def gene(self, request: Request) -> Response:
         """Values of a gene, float32 [N]."""

@@ -58,6 +58,7 @@ def save_page(shown: Shown, path: Path, genes: Sequence[str] | None = None) -> f
     arrays, stored, error = _arrays(shown.expression, columns)
     known = shown.genes.vocabulary
     names = [[shown.genes.names[gene], known.ensembl_ids[gene], *known.aliases[gene]] for gene in columns.tolist()]
+    texts = {"names": names, "spots": list(shown.spot_names)}
     info = describe(shown) | {"genes": len(columns), "weights": stored, "error": error}
     if info["first"] not in {name for name, *_ in names}:
         info["first"] = names[0][0]
@@ -67,7 +68,7 @@ def save_page(shown: Shown, path: Path, genes: Sequence[str] | None = None) -> f
         info["tissue"] = {"width": side, "height": side, "levels": 1, "tile": side}
     arrays["coords"] = np.ascontiguousarray(shown.coords, "<f4")
     with written_whole(path) as partial:
-        partial.write_text(_page(info, names, arrays, jpeg), encoding="utf-8")
+        partial.write_text(_page(info, texts, arrays, jpeg), encoding="utf-8")
     return error
 
 
@@ -123,14 +124,14 @@ def _picture(tissue: Tissue) -> bytes:
 
 
 def _page(
-    info: Mapping[str, Any], names: Sequence[Sequence[str]], arrays: Mapping[str, npt.NDArray[Any]], jpeg: bytes
+    info: Mapping[str, Any], texts: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], jpeg: bytes
 ) -> str:
     page = (PAGE / "index.html").read_text(encoding="utf-8")
     style = (PAGE / "style.css").read_text(encoding="utf-8")
     imports = {f"page/{name}": _data("text/javascript", _script(name).encode()) for name in MODULES}
     parts = [f'<script type="importmap">{_json({"imports": imports})}</script>']
     parts += [f'<script type="application/json" id="data-{name}">{_json(value)}</script>' for name, value in
-              (("info", info), ("names", names))]  # fmt: skip
+              {"info": info, **texts}.items()]  # fmt: skip
     for name, content in (*((name, array.tobytes()) for name, array in arrays.items()), ("tissue", jpeg)):
         parts.append(f'<script type="text/plain" id="data-{name}">{base64.b64encode(content).decode()}</script>')
     for name in ("saved.js", "main.js"):

@@ -172,7 +172,7 @@ async function begin() {
   const before = kept();
   for (const name of ["ramp", "mode", "percent", "hand", "against"]) if (before[name] !== undefined) state[name] = before[name];
   if (!rampNames.includes(state.ramp)) state.ramp = "viridis";
-  stage = new Stage(info, await source.spots(), source.tile, { onDraw: keepLink, onRegion: (corners) => lists.add(corners) });
+  stage = new Stage(info, await source.spots(), source, { onDraw: keepLink, onRegion: (corners) => lists.add(corners) });
   lists = tables({ source, draw, showGenes });
   wireColours();
   wireButtons();

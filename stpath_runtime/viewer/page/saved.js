@@ -23,6 +23,7 @@ const floats = (name) => new Float32Array(bytes(name).buffer);
 
 const info = JSON.parse(text("info"));
 const names = JSON.parse(text("names")); // of each gene: to show, Ensembl id, aliases
+const spotNames = JSON.parse(text("spots"));
 const offset = info.spot.offset;
 const coords = floats("coords").map((n) => n + offset);
 const embedding = fromHalf(bytes("embedding")); // [N, d]
@@ -124,6 +125,7 @@ function gene(name) {
 globalThis.stpathSource = {
   info: async () => info,
   spots: async () => coords,
+  spot: async (i) => spotNames[i],
   gene: async (name) => gene(name),
   search: async (wanted, limit) => {
     const lower = wanted.toLowerCase();
@@ -152,7 +154,7 @@ globalThis.stpathSource = {
     const values = shown.map(gene);
     const lines = Array.from({ length: spots }, (_, s) => {
       const inside = Object.keys(regions).filter((name) => regions[name].has(s)).join("; ");
-      return [s, coords[2 * s] - offset, coords[2 * s + 1] - offset, ...values.map((each) => Number(each[s].toPrecision(6))), inside];
+      return [spotNames[s], coords[2 * s] - offset, coords[2 * s + 1] - offset, ...values.map((each) => Number(each[s].toPrecision(6))), inside];
     });
     return csv([["spot", "x", "y", ...shown, "region"], ...lines]);
   },

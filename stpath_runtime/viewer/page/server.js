@@ -33,6 +33,7 @@ export const server = {
     return info;
   },
   spots: async () => (await floats("api/spots")).map((n) => n + offset),
+  spot: async (i) => (await json(`api/spot/${i}`)).name,
   search: (text, limit) => json(`api/genes?search=${named(text)}&limit=${limit}`),
   gene: (name) => floats(`api/gene/${named(name)}`),
   region: ({ polygon, against }) => json("api/region", {

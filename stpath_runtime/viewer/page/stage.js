@@ -3,18 +3,19 @@
 import { two } from "./colours.js";
 import { save } from "./files.js";
 import { Places, SpotMap, TissueMap } from "./map.js";
-import { by, state } from "./state.js";
+import { by, say, state } from "./state.js";
 
 const MOST_ZOOM = 64, LEAST_ZOOM = 1e-4; // screen pixels a pixel of level 0
 
 export class Stage {
   // onDraw() is called after each picture, onRegion(corners) when one was drawn round, in pixels of level 0.
-  constructor(info, coords, fetchTile, { onDraw, onRegion }) {
-    Object.assign(this, { info, coords, onDraw, onRegion, waiting: false, fitted: true });
+  constructor(info, coords, source, { onDraw, onRegion }) {
+    Object.assign(this, { info, coords, source, onDraw, onRegion, waiting: false, fitted: true });
     this.box = by("stage");
     this.measured = new Set(info.context);
+    this.names = new Map(); // of the spots that were pointed at
     this.spots = new SpotMap(by("spots"), coords, info);
-    this.tissue = new TissueMap(by("tissue"), info.tissue, fetchTile, () => this.draw());
+    this.tissue = new TissueMap(by("tissue"), info.tissue, source.tile, () => this.draw());
     this.#listen();
   }
 
@@ -160,14 +161,25 @@ export class Stage {
     const label = by("hover");
     this.places ??= new Places(coords, info.spot.pitch);
     const spot = this.places.nearest(...this.#toSlide(event), Math.max(info.spot.side * 0.75, 3 / state.view.zoom));
+    this.hovered = spot;
     label.hidden = spot < 0;
     if (spot < 0) return;
+    if (!this.names.has(spot)) this.#findName(spot, event);
     const values = state.genes.map((name, i) => `${name} ${state.values[i][spot].toFixed(3)}`);
     const measured = this.measured.has(spot) ? "measured here: its counts were given to the model" : null;
-    label.textContent = [...values, `spot ${spot}`, measured].filter(Boolean).join("\n");
+    label.textContent = [...values, this.names.get(spot), measured].filter(Boolean).join("\n");
     const { left, top, width, height } = box.getBoundingClientRect();
     label.style.left = `${Math.min(event.clientX - left + 14, width - label.offsetWidth - 4)}px`;
     label.style.top = `${Math.min(event.clientY - top + 14, height - label.offsetHeight - 4)}px`;
+  }
+
+  // Its number stands for it until it is there.
+  #findName(spot, event) {
+    this.names.set(spot, `spot ${spot}`);
+    this.source.spot(spot).then((name) => {
+      this.names.set(spot, name);
+      if (this.hovered === spot) this.#showSpot(event);
+    }).catch((error) => say(error.message));
   }
 
   // ---- What a pointer does
@@ -211,7 +223,7 @@ export class Stage {
       this.stopDrawing();
       if (corners.length >= 3) this.onRegion(corners.map((corner) => corner.map((n) => Math.round(n * 10) / 10)));
     });
-    box.addEventListener("pointerleave", () => { by("hover").hidden = true; });
+    box.addEventListener("pointerleave", () => { by("hover").hidden = true; this.hovered = -1; });
     box.addEventListener("wheel", (event) => { event.preventDefault(); this.#zoomAt(event, Math.exp(-event.deltaY * 0.0015)); }, { passive: false });
     box.addEventListener("dblclick", (event) => this.#zoomAt(event, 2));
     new ResizeObserver(() => this.refit()).observe(box);

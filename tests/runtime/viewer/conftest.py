@@ -25,7 +25,9 @@ def predicted(loaded):
     counts = np.random.default_rng(0).poisson(2, (5, 2))
     context = Context(np.arange(5), counts, loaded.vocabulary.ensembl_ids[:2])
     slide = random_slide(SPOTS, loaded.manifest.model.n_features, 3, organ="Kidney")
-    return loaded.predict(slide, genes=["GENE1", "GENE3", "GENE2"], context=context, embeddings=True)
+    found = loaded.predict(slide, genes=["GENE1", "GENE3", "GENE2"], context=context, embeddings=True)
+    found.obs_names = [f"ACGT{i}-1" for i in range(SPOTS)]
+    return found
 
 
 @pytest.fixture(scope="session")

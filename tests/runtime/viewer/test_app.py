@@ -28,6 +28,7 @@ def test_info_tells_what_is_shown(client, loaded):
 
 def test_spots_and_genes_are_those_of_the_file(client, predicted, every_gene, loaded):
     np.testing.assert_array_equal(client.floats("/api/spots").reshape(-1, 2), predicted.obsm["spatial"])
+    assert client.json("/api/spot/299") == (200, {"name": predicted.obs_names[299]})
     for name in ("GENE1", loaded.vocabulary.ensembl_ids[6], "ALIAS3"):
         column = loaded.vocabulary.find(name) - 2
         np.testing.assert_allclose(client.floats(f"/api/gene/{name}"), every_gene[:, column], atol=1e-5)
@@ -118,6 +119,7 @@ def test_the_table_names_spots_genes_and_regions(client, predicted, every_gene, 
         ("/api/region", "POST", b"{", 400, "not JSON"),
         ("/api/region", "POST", b"[" * 100_000, 400, "not JSON"),
         ("/api/regions", "PUT", {"a": [[0, 0]]}, 400, "1 corners"),
+        ("/api/spot/300", "GET", None, 400, "spot 300: there are 300, from 0 to 299"),
         ("/api/export.csv?genes=GENE1,NOPE", "GET", None, 404, "no gene 'NOPE'"),
         ("/tile/0/0/0", "GET", None, 400, "there is no picture of the tissue; give --image"),
     ],

@@ -232,10 +232,10 @@ def test_hovering_tells_the_values_and_what_was_measured(page, predicted, every_
     take(page, "GENE2")
     for spot, measured in ((2, True), (150, False)):
         page.mouse.move(*on_screen(page, predicted.obsm["spatial"][spot]))
-        page.wait_for_selector("#hover:not([hidden])")
+        page.locator("#hover", has_text=predicted.obs_names[spot]).wait_for()
         told = page.inner_text("#hover")
         value = every_gene[spot, loaded.vocabulary.find("GENE2") - 2]
-        assert told.startswith(f"GENE2 {value:.3f}\nspot {spot}")
+        assert told.startswith(f"GENE2 {value:.3f}\n{predicted.obs_names[spot]}")
         assert ("measured" in told) == measured
 
 
@@ -359,9 +359,12 @@ def test_a_saved_page_needs_no_server(saved, predicted, every_gene, loaded, tmp_
     check()
     header, *rows = saved_table(page, "#table", tmp_path)
     assert header == ["spot", "x", "y", "GENE7", "region"]
-    table = np.array([row[:4] for row in rows], float)
-    np.testing.assert_allclose(table[:, 1:3], predicted.obsm["spatial"], rtol=1e-6)
-    np.testing.assert_allclose(table[:, 3], exact, atol=near)
+    assert [row[0] for row in rows] == list(predicted.obs_names)
+    table = np.array([row[1:4] for row in rows], float)
+    np.testing.assert_allclose(table[:, :2], predicted.obsm["spatial"], rtol=1e-6)
+    np.testing.assert_allclose(table[:, 2], exact, atol=near)
+    page.mouse.move(*on_screen(page, predicted.obsm["spatial"][7]))
+    page.locator("#hover", has_text=predicted.obs_names[7]).wait_for()
     assert [i for i, row in enumerate(rows) if "region 1" in row[4].split("; ")] == inside.tolist()
     page.click("[data-panel=alike]")
     page.wait_for_selector("#alike tr")
