@@ -16,8 +16,8 @@ demo: $(INSTALLED)
 demo-checkpoint: $(INSTALLED)
 	$(BIN)/python -m stpath_train.demo_checkpoint demo-checkpoint
 
-# One thread for each of the two processes: with more they wait for each other. A file of tests has one process, which
-# traces the graphs that its exports share once.
+# One thread for each of the two processes: with more they wait for each other. A file of tests stays in one process, so
+# that graphs that its exports share are traced once.
 test: $(INSTALLED)
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -30,8 +30,9 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PASSED_ON = ("k", "v", "k_next", "v_next")  # from stage to stage, as they are
 SHARED_FROM_BYTES = 1024  # smaller tensors stay in the graph, where every tool can fold them
 ALIGNMENT = 64
-_traces: dict[Hashable, ir.Model] = {}  # without their weights, not yet optimized; tracing is what an export waits for
 LIBRARIES = ("stpath-engine", "torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+
+_traces: dict[Hashable, ir.Model] = {}  # without their weights, not yet optimized; tracing is what an export waits for
 
 
 class SharedWeights:

@@ -164,21 +164,25 @@ export class Stage {
     this.hovered = spot;
     label.hidden = spot < 0;
     if (spot < 0) return;
-    if (!this.names.has(spot)) this.#findName(spot, event);
-    const values = state.genes.map((name, i) => `${name} ${state.values[i][spot].toFixed(3)}`);
-    const measured = this.measured.has(spot) ? "measured here: its counts were given to the model" : null;
-    label.textContent = [...values, this.names.get(spot), measured].filter(Boolean).join("\n");
+    if (!this.names.has(spot)) this.#findName(spot);
+    label.textContent = this.#describe(spot);
     const { left, top, width, height } = box.getBoundingClientRect();
     label.style.left = `${Math.min(event.clientX - left + 14, width - label.offsetWidth - 4)}px`;
     label.style.top = `${Math.min(event.clientY - top + 14, height - label.offsetHeight - 4)}px`;
   }
 
+  #describe(spot) {
+    const values = state.genes.map((name, i) => `${name} ${state.values[i][spot].toFixed(3)}`);
+    const measured = this.measured.has(spot) ? "measured here: its counts were given to the model" : null;
+    return [...values, this.names.get(spot), measured].filter(Boolean).join("\n");
+  }
+
   // Its number stands for it until it is there.
-  #findName(spot, event) {
+  #findName(spot) {
     this.names.set(spot, `spot ${spot}`);
     this.source.spot(spot).then((name) => {
       this.names.set(spot, name);
-      if (this.hovered === spot) this.#showSpot(event);
+      if (this.hovered === spot) by("hover").textContent = this.#describe(spot);
     }).catch((error) => say(error.message));
   }
 
