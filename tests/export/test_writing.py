@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from stpath_export import writing
 from stpath_export.stages import Graph, graphs
 from stpath_export.writing import SharedWeights, write_graph
+from stpath_train.checkpoint import seeded_checkpoint
 
 
 def written(graph: Graph, folder: Path) -> tuple[bytes, bytes]:
@@ -36,10 +38,14 @@ def test_a_layer_is_written_as_a_trace_of_its_own_would_be(tiny, tmp_path, monke
     assert by_first == written(all_graphs[name], tmp_path / "own") != first
 
 
-def test_a_layout_is_of_a_config_and_type(tiny):
+def test_models_of_another_config_or_type_have_traces_of_their_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_traces", {})
     wider = dataclasses.replace(tiny.model.config, n_features=tiny.model.config.n_features + 1)
-    models = [tiny.model, type(tiny.model)(wider), type(tiny.model)(tiny.model.config).to(torch.float16)]
-    assert len({graph.layout for model in models for graph in graphs(model)}) == 3
+    models = [tiny.model, seeded_checkpoint(wider, 0), copy.deepcopy(tiny.model).half(), seeded_checkpoint(wider, 1)]
+    for i, model in enumerate(models):
+        (embed,) = (graph for graph in graphs(model) if graph.name == "embed")
+        written(embed, tmp_path / str(i))
+    assert len(writing._traces) == 3
 
 
 class Twice(nn.Module):
